@@ -188,6 +188,7 @@ class NamedServer:
 Server = WheelServer | NamedServer
 _SERVER = pytest.StashKey[Server]()
 _WORKER_INPUT = "dbscope_postgres"
+_UNAVAILABLE = (PostgresUnavailable, ImportError, OSError, sa.exc.SQLAlchemyError)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -207,8 +208,8 @@ def pytest_report_header(config: pytest.Config) -> str:
     """Print the server's version."""
     try:
         return f"postgresql: {config.stash[_SERVER].version()}"
-    except (PostgresUnavailable, OSError, sa.exc.SQLAlchemyError) as error:
-        return f"postgresql: none ({_first_line(error)})"
+    except _UNAVAILABLE as error:
+        return f"postgresql: none ({str(error).splitlines()[0]})"
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -216,7 +217,7 @@ def pytest_configure_node(node: Any) -> None:
     """Under pytest-xdist, start the server in the one process that outlives all workers."""
     try:
         url = node.config.stash[_SERVER].url()
-    except PostgresUnavailable as error:
+    except _UNAVAILABLE as error:
         node.workerinput[_WORKER_INPUT] = {"error": str(error)}
     else:
         node.workerinput[_WORKER_INPUT] = {"url": url.render_as_string(hide_password=False)}
@@ -244,10 +245,10 @@ def postgres_url(request: pytest.FixtureRequest) -> Iterator[str]:
         url = request.config.stash[_SERVER].url()
         with _administration(url) as connection:
             connection.execute(sa.text(f"CREATE DATABASE {name} TEMPLATE template0"))
-    except (PostgresUnavailable, OSError, sa.exc.SQLAlchemyError) as error:
+    except _UNAVAILABLE as error:
         if os.environ.get("CI") or os.environ.get(URL_VARIABLE):
-            pytest.fail(str(error), pytrace=False)
-        pytest.skip(_first_line(error))
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
+        raise pytest.skip.Exception(str(error).splitlines()[0]) from None
     database = url.set(drivername="postgresql+asyncpg", database=name)
     yield database.render_as_string(hide_password=False)
     with _administration(url) as connection:
@@ -265,7 +266,3 @@ def _administration(url: sa.URL) -> Iterator[sa.Connection]:
     with engine.connect() as connection:
         yield connection
     engine.dispose()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
