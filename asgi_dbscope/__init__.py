@@ -1,0 +1,55 @@
+"""One SQLAlchemy session per request, committed before the client hears of it."""
+
+from asgi_dbscope._asgi import ResponseHead
+from asgi_dbscope._current import current_scope, current_session
+from asgi_dbscope._database import Database
+from asgi_dbscope._lifecycle import Outcome, State
+from asgi_dbscope._middleware import DBSessionMiddleware
+from asgi_dbscope._options import session_options
+from asgi_dbscope._policy import CommitPolicy, commit_on_success, commit_unless_error
+from asgi_dbscope._scope import SessionScope
+from asgi_dbscope.errors import (
+    AmbiguousDatabaseError,
+    CommitPolicyError,
+    ConcurrentSessionUseError,
+    ConfigurationError,
+    DBScopeError,
+    EventLoopMismatchError,
+    IllegalTransitionError,
+    LateOptionsError,
+    NoSessionScopeError,
+    RollbackOnlyError,
+    SessionScopeClosedError,
+    StreamSessionError,
+    TransactionAbortedError,
+    WebSocketSessionError,
+)
+
+__all__ = [
+    "AmbiguousDatabaseError",
+    "CommitPolicy",
+    "CommitPolicyError",
+    "ConcurrentSessionUseError",
+    "ConfigurationError",
+    "DBScopeError",
+    "DBSessionMiddleware",
+    "Database",
+    "EventLoopMismatchError",
+    "IllegalTransitionError",
+    "LateOptionsError",
+    "NoSessionScopeError",
+    "Outcome",
+    "ResponseHead",
+    "RollbackOnlyError",
+    "SessionScope",
+    "SessionScopeClosedError",
+    "State",
+    "StreamSessionError",
+    "TransactionAbortedError",
+    "WebSocketSessionError",
+    "commit_on_success",
+    "commit_unless_error",
+    "current_scope",
+    "current_session",
+    "session_options",
+]

@@ -1,0 +1,82 @@
+"""Finish what was begun: the one place that holds cancellation back."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+
+async def run_to_completion(
+    operation: Coroutine[object, object, None], *, grace: float
+) -> asyncio.CancelledError | None:
+    """Run *operation* to its end, even if the calling task is cancelled meanwhile.
+
+    Neither tool does it alone. An anyio shield doesn't stop a native ``Task.cancel()``;
+    ``asyncio.shield`` lets the operation go on but gives control back before it has ended. So: a
+    task of its own, waited for in a loop, inside an anyio shield.
+
+    Args:
+        operation: What must not be left half done.
+
+        grace: Seconds that *operation* has left once the caller is cancelled; then it is cancelled
+            itself, so that nothing waits for ever.
+
+    Returns:
+        The cancellation that arrived meanwhile, if one did: the caller owes it to its own caller,
+        by raising it or by :func:`redeliver`.
+
+    Raises:
+        BaseException: What *operation* raised; ``CancelledError`` if its grace ran out. An error
+            outranks a cancellation that arrived meanwhile, which is then redelivered.
+    """
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(operation)
+    cancellation: asyncio.CancelledError | None = None
+    deadline: asyncio.TimerHandle | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError as error:
+                if task.cancelled():
+                    break
+                # Also where the operation ended in the very moment of the cancellation.
+                cancellation = cancellation or error
+                deadline = deadline or loop.call_later(grace, task.cancel)
+            except BaseException:  # noqa: BLE001 - it is the operation's, and raised below
+                break
+    if deadline is not None:
+        deadline.cancel()
+    try:
+        task.result()
+    except BaseException:
+        if cancellation is not None:
+            redeliver(cancellation)
+        raise
+    return cancellation
+
+
+def redeliver(cancellation: asyncio.CancelledError) -> None:
+    """Deliver *cancellation* to this task again, at its next suspension.
+
+    A task that was about to be cancelled, but would have sent its response without suspending,
+    must still be able to: so the cancellation isn't raised here, it is handed on. The request is
+    not left pending on the task (``Task.cancel()`` here and now), because before Python 3.13 such
+    a request survives the end of an ``asyncio.timeout()`` block that it belongs to, and would hit
+    innocent code.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    requests = task.cancelling()
+
+    def cancel_again() -> None:
+        if requests and task.cancelling() >= requests and not task.done():
+            task.uncancel()
+            task.cancel(*cancellation.args)
+
+    asyncio.get_running_loop().call_soon(cancel_again)

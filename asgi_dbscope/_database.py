@@ -1,0 +1,385 @@
+"""A database: its engine, its session factory, and the verbs of its current scope."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import sys
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+
+from sqlalchemy import URL, Engine, make_url
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.util import ScopedRegistry
+
+from asgi_dbscope import _current
+from asgi_dbscope._completion import redeliver
+from asgi_dbscope._options import ScopeOptions
+from asgi_dbscope._policy import Cause
+from asgi_dbscope._scope import SessionScope
+from asgi_dbscope._session import reporting_session_class, shape_engine
+from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Generator
+    from contextvars import Token
+    from types import TracebackType
+    from typing import ParamSpec
+
+    from asgi_dbscope._policy import Mode
+
+    P = ParamSpec("P")
+    R = TypeVar("R")
+
+S = TypeVar("S", bound=AsyncSession)
+
+
+class Database(Generic[S]):
+    """One database: where sessions come from, and the verbs of the current scope.
+
+    Args:
+        source: An ``AsyncEngine``; a URL, for an engine of its own, disposed of at lifespan
+            shutdown; or an ``async_sessionmaker``, whose session class is kept.
+
+        name: What ``current_session(name)`` calls it.
+
+        mode: The mode of its scopes; see :class:`.DBSessionMiddleware`.
+
+        cleanup_timeout: Seconds that a clean-up (a rollback, the wait for child tasks) may take
+            before the connection is thrown away.
+
+    Raises:
+        ConfigurationError: If an argument is wrong.
+    """
+
+    @overload
+    def __init__(
+        self: Database[AsyncSession],
+        source: AsyncEngine | URL | str,
+        *,
+        name: str = ...,
+        mode: Mode = ...,
+        cleanup_timeout: float = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        source: async_sessionmaker[S],
+        *,
+        name: str = ...,
+        mode: Mode = ...,
+        cleanup_timeout: float = ...,
+    ) -> None: ...
+
+    def __init__(
+        self,
+        source: AsyncEngine | URL | str | async_sessionmaker[Any],
+        *,
+        name: str = "default",
+        mode: Mode = "transaction",
+        cleanup_timeout: float = 10.0,
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            msg = f"name must be a string that is not empty; got {name!r}."
+            raise ConfigurationError(msg)
+        if not isinstance(cleanup_timeout, (int, float)) or not cleanup_timeout > 0:
+            msg = f"cleanup_timeout must be a number of seconds above 0; got {cleanup_timeout!r}."
+            raise ConfigurationError(msg)
+        self.name = name
+        self.options = ScopeOptions(mode=mode)
+        self.cleanup_timeout = float(cleanup_timeout)
+        self.owned_engine: AsyncEngine | None = None
+        if isinstance(source, (str, URL)):
+            source = self.owned_engine = _make_engine(source)
+        self.session_factory: async_sessionmaker[S] = _reporting_factory(source)
+        self._shaped_engines: dict[tuple[Engine, tuple[tuple[str, Any], ...]], Engine] = {}
+        self._session_proxy: async_scoped_session[S] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Database {self.name!r} {self.session_factory.kw.get('bind')!r}>"
+
+    # ---------------------------------------------------------------- the current scope
+
+    @property
+    def scope(self) -> SessionScope[S]:
+        """The current scope of this database.
+
+        Raises:
+            NoSessionScopeError: If none is open here.
+        """
+        scope = _current.find_scope(self)
+        if scope is None:
+            raise NoSessionScopeError(_current.no_scope_message(repr(self.name)))
+        return scope
+
+    @property
+    def session(self) -> S:
+        """The session of the current scope, made at its first use.
+
+        Raises:
+            NoSessionScopeError: If no scope is open here.
+            SessionScopeClosedError: If the scope has ended.
+            WebSocketSessionError: In a websocket, outside ``async with db.session_scope()``.
+        """
+        return self.scope.session
+
+    def get_session(self) -> SessionHandle[S]:
+        """The session of the current scope, for whoever wants to be handed it.
+
+        One callable for both protocols: FastAPI's ``Depends(db.get_session)`` and Litestar's
+        ``Provide(db.get_session)`` await it; ``async with db.get_session() as session:`` works
+        inside a request (it joins the scope and ends nothing) and outside (it opens a scope of
+        its own, committed at its end).
+        """
+        return SessionHandle(self)
+
+    @property
+    def session_proxy(self) -> async_scoped_session[S]:
+        """A session that stands for the current scope's, for objects built once at import."""
+        if self._session_proxy is None:
+            proxy = async_scoped_session(self.session_factory, scopefunc=lambda: None)
+            proxy.registry = _CurrentSession(self)
+            self._session_proxy = proxy
+        return self._session_proxy
+
+    def set_rollback_only(self) -> None:
+        """Forbid the current scope to commit; see :meth:`.SessionScope.set_rollback_only`."""
+        self.scope.set_rollback_only()
+
+    async def release(self) -> None:
+        """Commit what is open and give the connection back, before a slow call elsewhere.
+
+        The session stays usable: its next statement begins a new transaction. A rollback-only
+        scope is rolled back instead.
+
+        Raises:
+            NoSessionScopeError: If no scope is open here.
+            Exception: What the database said to COMMIT; the transaction is rolled back by then.
+        """
+        scope = self.scope
+        scope.check_open()
+        cancellation = await scope.settle(scope.decide(Cause.RELEASED))
+        if cancellation is not None:
+            raise cancellation
+
+    # ---------------------------------------------------------------- scopes of their own
+
+    def session_scope(
+        self,
+        *,
+        mode: Mode | None = None,
+        read_only: bool = False,
+        isolation_level: str | None = None,
+    ) -> SessionScopeBlock[S]:
+        """A scope of its own: for a script, a job, a websocket's message, a test.
+
+        Committed at its end, rolled back if it raises or is cancelled. A context manager, and a
+        decorator for coroutine functions; a fresh scope at each entry. Inside a request it is
+        independent of the request's scope, with a connection of its own.
+
+        Args:
+            mode: Instead of the database's.
+
+            read_only: Whether the database itself refuses writes.
+
+            isolation_level: As SQLAlchemy spells it.
+        """
+        changes: dict[str, Any] = {"read_only": read_only, "isolation_level": isolation_level}
+        if mode is not None:
+            changes["mode"] = mode
+        return SessionScopeBlock(self, self.options.changed(changes))
+
+    # ---------------------------------------------------------------- for the scope
+
+    def make_session(self, scope: SessionScope[S]) -> S:
+        """A new session that reports to *scope*."""
+        session = self.session_factory()
+        session.sync_session.scope = scope  # type: ignore[attr-defined]
+        return session
+
+    def shaped_engine(self, engine: Engine, execution_options: dict[str, Any]) -> Engine:
+        """The variant of *engine* with *execution_options*, made once."""
+        key = (engine, tuple(execution_options.items()))
+        shaped = self._shaped_engines.get(key)
+        if shaped is None:
+            shaped = self._shaped_engines[key] = shape_engine(engine, execution_options)
+        return shaped
+
+    async def dispose(self) -> None:
+        """Close the connections of an engine that this object made from a URL."""
+        if self.owned_engine is not None:
+            await self.owned_engine.dispose()
+
+
+class SessionHandle(Generic[S]):
+    """What ``db.get_session()`` returns: to be awaited, or entered with ``async with``."""
+
+    __slots__ = ("_block", "_database")
+
+    def __init__(self, database: Database[S]) -> None:
+        self._database = database
+        self._block: SessionScopeBlock[S] | None = None
+
+    def __await__(self) -> Generator[Any, Any, S]:
+        return self._database.session
+        yield
+
+    async def __aenter__(self) -> S:
+        scope = _current.find_scope(self._database)
+        if scope is not None and not scope.is_over:
+            return scope.session
+        self._block = self._database.session_scope()
+        return await self._block.__aenter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._block is not None:
+            await self._block.__aexit__(exc_type, exc, traceback)
+
+
+if sys.version_info >= (3, 12):
+    inspect.markcoroutinefunction(Database.get_session)
+else:
+    # What asyncio.iscoroutinefunction() looks for, and frameworks ask it.
+    Database.get_session._is_coroutine = asyncio.coroutines._is_coroutine  # noqa: SLF001
+
+
+class SessionScopeBlock(Generic[S]):
+    """What ``db.session_scope()`` returns: a context manager and a decorator."""
+
+    __slots__ = ("_database", "_options", "_scope", "_token")
+
+    def __init__(self, database: Database[S], options: ScopeOptions) -> None:
+        self._database = database
+        self._options = options
+        self._scope: SessionScope[S] | None = None
+        self._token: Token[SessionScope[Any] | None] | None = None
+
+    def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+        """Decorate a coroutine function: each call runs in a scope of its own."""
+        if not inspect.iscoroutinefunction(function):
+            msg = (
+                f"session_scope() decorates coroutine functions; {function!r} is none. In other "
+                "code use `async with db.session_scope() as session:`."
+            )
+            raise ConfigurationError(msg)
+
+        @wraps(function)
+        async def in_scope(*args: P.args, **kwargs: P.kwargs) -> R:
+            async with SessionScopeBlock(self._database, self._options):
+                return await function(*args, **kwargs)
+
+        return in_scope
+
+    async def __aenter__(self) -> S:
+        if self._scope is not None:
+            msg = "This session_scope() is entered already; call db.session_scope() once per block."
+            raise ConfigurationError(msg)
+        self._scope = SessionScope(self._database, _current.innermost.get(), self._options)
+        self._token = _current.innermost.set(self._scope)
+        return self._scope.session
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope, self._scope = self._scope, None
+        assert scope is not None
+        assert self._token is not None
+        try:
+            _current.innermost.reset(self._token)
+        except ValueError:
+            # Left in another context than entered (a fixture, a generator's exit): the variable
+            # was set in a context that nobody looks into any more.
+            pass
+        cause = Cause.COMPLETED if exc is None else Cause.RAISED
+        cancellation = await scope.close(scope.decide(cause))
+        if cancellation is None:
+            return
+        if exc is None:
+            raise cancellation
+        redeliver(cancellation)  # the error under way goes on; the cancellation comes after it
+
+
+class _CurrentSession(ScopedRegistry[S]):
+    """The registry of a ``session_proxy``: the current scope is the only one it knows."""
+
+    def __init__(self, database: Database[S]) -> None:
+        super().__init__(database.session_factory, lambda: None)
+        self._database = database
+
+    def __call__(self) -> S:
+        return self._database.session
+
+    def has(self) -> bool:
+        # So that session_proxy.remove() leaves the session to its scope.
+        return False
+
+    def set(self, obj: S) -> None:
+        msg = "The session of a scope can't be configured through session_proxy; use db.session."
+        raise ConfigurationError(msg)
+
+    def clear(self) -> None:
+        """Do nothing: the scope ends its session."""
+
+
+def _make_engine(url: URL | str) -> AsyncEngine:
+    try:
+        return create_async_engine(make_url(url))
+    except ArgumentError as error:
+        msg = (
+            "The database's URL can't be read; it looks like "
+            "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'."
+        )
+        raise ConfigurationError(msg) from error
+    except Exception as error:
+        msg = f"No asynchronous engine can be made from this URL: {error}"
+        raise ConfigurationError(msg) from error
+
+
+def _reporting_factory(source: object) -> async_sessionmaker[Any]:
+    """An ``async_sessionmaker`` like *source*, whose sessions report to their scope."""
+    if isinstance(source, async_sessionmaker):
+        return _derived_factory(source)
+    if isinstance(source, AsyncEngine):
+        return _derived_factory(async_sessionmaker(source, expire_on_commit=False))
+    if isinstance(source, (Engine, sessionmaker)):
+        msg = (
+            f"{source!r} is synchronous. Make the engine with "
+            "sqlalchemy.ext.asyncio.create_async_engine() and an asynchronous driver."
+        )
+        raise ConfigurationError(msg)
+    msg = f"Database() takes an AsyncEngine, a URL or an async_sessionmaker; got {source!r}."
+    raise ConfigurationError(msg)
+
+
+def _derived_factory(factory: async_sessionmaker[Any]) -> async_sessionmaker[Any]:
+    options: dict[str, Any] = dict(factory.kw)
+    sync_class = options.get("sync_session_class", factory.class_.sync_session_class)
+    if isinstance(sync_class, sessionmaker):
+        options = {**sync_class.kw, **options}
+        sync_class = sync_class.class_
+    if not (isinstance(sync_class, type) and issubclass(sync_class, Session)):
+        msg = (
+            f"sync_session_class must be a subclass of sqlalchemy.orm.Session or a sessionmaker; "
+            f"got {sync_class!r}."
+        )
+        raise ConfigurationError(msg)
+    options["sync_session_class"] = reporting_session_class(sync_class)
+    options["close_resets_only"] = False  # a closed session refuses use, instead of reopening
+    return async_sessionmaker(class_=factory.class_, **options)

@@ -1,0 +1,129 @@
+"""What each database and driver does in its own way."""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+from asgi_dbscope.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
+
+    from asgi_dbscope._policy import Mode
+
+POSTGRESQL = frozenset({"postgresql", "cockroachdb"})
+"""Dialects whose server aborts the whole transaction at any error."""
+
+QUERY_ONLY = "asgi_dbscope_query_only"
+"""The key in a pooled connection's ``info`` that says ``PRAGMA query_only`` is on."""
+
+SQLITE_ROLLED_BACK = frozenset(
+    {
+        sqlite3.SQLITE_NOMEM,
+        sqlite3.SQLITE_INTERRUPT,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_FULL,
+        # ON CONFLICT ROLLBACK, RAISE(ROLLBACK, ...)
+        sqlite3.SQLITE_CONSTRAINT,
+    }
+)
+"""Errors after which SQLite may have rolled back by itself (sqlite.org/lang_transaction.html)."""
+
+
+def begin_options(
+    dialect: str, *, mode: Mode, isolation_level: str | None, read_only: bool
+) -> dict[str, Any]:
+    """The execution options that make an engine begin transactions as asked for."""
+    if mode == "autocommit":
+        return {"isolation_level": "AUTOCOMMIT"}
+    options: dict[str, Any] = {}
+    if isolation_level is not None:
+        options["isolation_level"] = isolation_level
+    if read_only and dialect in POSTGRESQL:
+        options["postgresql_readonly"] = True  # part of BEGIN, and taken back at checkin
+    return options
+
+
+def enforce_read_only(connection: Connection) -> None:
+    """Make the database refuse writes in the transaction that *connection* has begun."""
+    dialect = connection.dialect.name
+    if dialect in POSTGRESQL:
+        return  # done by begin_options()
+    if dialect == "sqlite":
+        connection.info[QUERY_ONLY] = True
+        connection.exec_driver_sql("PRAGMA query_only = ON")
+        return
+    msg = (
+        f"read_only=True can't be enforced on {dialect} yet, and asgi_dbscope doesn't leave it to "
+        "trust. Give the engine a database user that may only read."
+    )
+    raise ConfigurationError(msg)
+
+
+def undo_read_only(
+    dbapi_connection: DBAPIConnection,
+    connection_record: ConnectionPoolEntry,
+    reset_state: PoolResetState,
+) -> None:
+    """Take ``PRAGMA query_only`` back before the connection's next user has it."""
+    if not connection_record.info.pop(QUERY_ONLY, False) or reset_state.terminate_only:
+        return
+    cursor = dbapi_connection.cursor()
+    try:
+        cursor.execute("PRAGMA query_only = OFF")
+    finally:
+        cursor.close()
+
+
+def may_abort(connection: Connection, error: BaseException) -> bool:
+    """Whether the database may have aborted the transaction at *error*, without asking it."""
+    dialect = connection.dialect.name
+    if dialect in POSTGRESQL:
+        return True
+    if dialect == "sqlite":
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the primary code of an extended one
+        return code in SQLITE_ROLLED_BACK and not is_in_transaction(
+            connection.connection.dbapi_connection
+        )
+    return False
+
+
+def is_aborted(connection: Connection) -> bool:
+    """Ask the database whether the transaction that :func:`may_abort` suspects is aborted."""
+    if connection.dialect.name in POSTGRESQL:
+        connection.exec_driver_sql("SELECT 1")  # refused in an aborted transaction (25P02)
+        return False
+    return True
+
+
+def begin_before_savepoint(connection: Connection) -> None:
+    """Begin the transaction that a savepoint needs around it.
+
+    Python's ``sqlite3`` begins only before INSERT, UPDATE, DELETE and REPLACE. A SAVEPOINT that
+    comes first would be SQLite's outermost transaction, and its RELEASE a COMMIT.
+    """
+    if connection.dialect.name == "sqlite" and not is_in_transaction(
+        connection.connection.dbapi_connection
+    ):
+        connection.exec_driver_sql("BEGIN")
+
+
+def is_in_transaction(dbapi_connection: Any) -> bool:
+    """Whether the driver knows this connection to be inside a transaction; no round trip.
+
+    ``False`` for a driver that can't tell.
+    """
+    driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+    try:
+        if hasattr(driver, "is_in_transaction"):  # asyncpg
+            return bool(driver.is_in_transaction())
+        if hasattr(driver, "in_transaction"):  # sqlite3, aiosqlite
+            return bool(driver.in_transaction)
+        if hasattr(driver, "info"):  # psycopg: IDLE is 0, UNKNOWN (closed) is 4
+            return int(driver.info.transaction_status) not in {0, 4}
+    except Exception:  # noqa: BLE001 - a connection that can't say is closed or broken
+        return False
+    return False

@@ -1,0 +1,183 @@
+"""What a scope can be told: its options, and their decorator for endpoints."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args
+
+from asgi_dbscope._current import current_scope
+from asgi_dbscope._policy import CommitPolicy, Mode, Stream, commit_unless_error
+from asgi_dbscope.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class ScopeOptions:
+    """How a scope treats its session's transactions.
+
+    Attributes:
+        mode: ``"transaction"``, ``"autocommit"`` or ``"manual"``.
+
+        commit_policy: Says whether a response commits.
+
+        stream: ``"release"``, ``"hold"`` or ``"error"``.
+
+        isolation_level: As SQLAlchemy spells it (``"SERIALIZABLE"``); ``None`` leaves the engine's.
+
+        read_only: Whether the database itself refuses writes.
+
+    Raises:
+        ConfigurationError: If a value is unknown, or two of them exclude each other.
+    """
+
+    mode: Mode = "transaction"
+    commit_policy: CommitPolicy = commit_unless_error
+    stream: Stream = "release"
+    isolation_level: str | None = None
+    read_only: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("stream", self.stream, get_args(Stream))
+        _check_policy(self.commit_policy)
+        _check_isolation_level(self.isolation_level)
+        if not isinstance(self.read_only, bool):
+            msg = f"read_only must be True or False, not {self.read_only!r}."
+            raise ConfigurationError(msg)
+        if self.mode == "autocommit" and (self.read_only or self.isolation_level is not None):
+            msg = (
+                "mode='autocommit' has no transaction that read_only or isolation_level could "
+                "apply to; use mode='transaction' with them, or leave them out."
+            )
+            raise ConfigurationError(msg)
+
+    @property
+    def shapes_nothing(self) -> bool:
+        """Whether a transaction begins just as the engine does it."""
+        return self.mode != "autocommit" and self.isolation_level is None and not self.read_only
+
+    def changed(self, changes: dict[str, Any]) -> ScopeOptions:
+        """A copy with *changes*, validated."""
+        return replace(self, **changes)
+
+
+SHAPES_TRANSACTION = frozenset({"mode", "isolation_level", "read_only"})
+"""The options that must be known when a transaction begins; the others matter at the head."""
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        known = ", ".join(repr(choice) for choice in choices)
+        msg = f"{name} must be one of {known}; got {value!r}."
+        raise ConfigurationError(msg)
+
+
+def _check_policy(policy: object) -> None:
+    if not callable(policy):
+        msg = f"commit_policy must be callable with a ResponseHead; got {policy!r}."
+        raise ConfigurationError(msg)
+    if inspect.iscoroutinefunction(policy):
+        msg = (
+            f"commit_policy {policy!r} is a coroutine function. The decision is made without "
+            "waiting: use a plain function of the ResponseHead that returns True or False."
+        )
+        raise ConfigurationError(msg)
+
+
+def _check_isolation_level(level: object) -> None:
+    if level is None:
+        return
+    if not isinstance(level, str):
+        msg = f"isolation_level must be a string such as 'SERIALIZABLE'; got {level!r}."
+        raise ConfigurationError(msg)
+    if level.upper() == "AUTOCOMMIT":
+        msg = "isolation_level='AUTOCOMMIT' is spelled mode='autocommit' here."
+        raise ConfigurationError(msg)
+
+
+class session_options:  # noqa: N801 - a decorator, spelled like a function
+    """Options for the current scope, set by the endpoint that needs them.
+
+    A decorator for endpoints, coroutine functions or not, in any framework::
+
+        @app.get("/report")
+        @session_options(read_only=True, isolation_level="REPEATABLE READ")
+        async def report(session: SessionDep) -> Report: ...
+
+    Where a dependency uses the session before the endpoint runs, set them ahead of it:
+    ``dependencies=[Depends(session_options(read_only=True).apply)]``.
+
+    Args:
+        mode: ``"transaction"``, ``"autocommit"`` or ``"manual"``.
+
+        isolation_level: As SQLAlchemy spells it.
+
+        read_only: Whether the database itself refuses writes.
+
+        commit_policy: Says from the response head whether the transaction commits.
+
+        stream: ``"release"``, ``"hold"`` or ``"error"``.
+
+        database: The database's name, where several have a scope.
+
+    Raises:
+        ConfigurationError: If a value is wrong; at once, not at the first request.
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: Mode | None = None,
+        isolation_level: str | None = None,
+        read_only: bool | None = None,
+        commit_policy: CommitPolicy | None = None,
+        stream: Stream | None = None,
+        database: str | None = None,
+    ) -> None:
+        given = {
+            "mode": mode,
+            "isolation_level": isolation_level,
+            "read_only": read_only,
+            "commit_policy": commit_policy,
+            "stream": stream,
+        }
+        self._changes = {name: value for name, value in given.items() if value is not None}
+        self._database = database
+        ScopeOptions(**self._changes)
+
+    async def apply(self) -> None:
+        """Set the options on the current scope.
+
+        Raises:
+            LateOptionsError: If they shape transactions and one has begun already.
+            NoSessionScopeError: If no scope is open here.
+        """
+        self._apply()
+
+    def _apply(self) -> None:
+        current_scope(self._database).configure(**self._changes)
+
+    def __call__(self, endpoint: Callable[P, R]) -> Callable[P, R]:
+        """Decorate *endpoint*; its signature stays as it is."""
+        if inspect.iscoroutinefunction(endpoint):
+
+            @wraps(endpoint)
+            async def configured_async(*args: P.args, **kwargs: P.kwargs) -> Any:
+                self._apply()
+                return await endpoint(*args, **kwargs)
+
+            return cast("Callable[P, R]", configured_async)
+
+        @wraps(endpoint)
+        def configured(*args: P.args, **kwargs: P.kwargs) -> R:
+            self._apply()
+            return endpoint(*args, **kwargs)
+
+        return configured

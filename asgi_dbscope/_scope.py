@@ -1,0 +1,435 @@
+"""A session scope, and the one driver: only this file ends a session's transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from threading import Lock, get_ident
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from asgi_dbscope._completion import run_to_completion
+from asgi_dbscope._lifecycle import OPEN, ROLLBACK_ONLY, Event, Lifecycle, Outcome, State
+from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
+from asgi_dbscope._policy import Cause, Ending, decide_ending
+from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
+    ConfigurationError,
+    EventLoopMismatchError,
+    LateOptionsError,
+    RollbackOnlyError,
+    SessionScopeClosedError,
+    StreamSessionError,
+    WebSocketSessionError,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from asgi_dbscope._asgi import ResponseHead, Scope
+    from asgi_dbscope._database import Database
+
+S = TypeVar("S", bound=AsyncSession)
+
+logger = logging.getLogger("asgi_dbscope")
+
+_creation = Lock()
+"""Held while a scope makes its session: two worker threads may ask for it at the same time."""
+
+
+class SessionScope(Generic[S]):
+    """The span that one session serves: a request, a job, a block.
+
+    You don't make one yourself: the middleware does, or ``async with db.session_scope()``.
+    Get the current one with :func:`.current_scope`.
+
+    Attributes:
+        database: Whose session it is.
+
+        outer: The scope around it, of the same or another database.
+
+        options: How it treats its transactions.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_asgi_scope",
+        "_ender",
+        "_is_abandoned",
+        "_lifecycle",
+        "_loop",
+        "_nobody_uses",
+        "_session",
+        "_thread",
+        "_users",
+        "database",
+        "has_written",
+        "is_session_closed",
+        "is_stream_refused",
+        "is_torn",
+        "options",
+        "outer",
+    )
+
+    def __init__(
+        self,
+        database: Database[S],
+        outer: SessionScope[Any] | None,
+        options: ScopeOptions,
+        asgi_scope: Scope | None = None,
+    ) -> None:
+        self.database = database
+        self.outer = outer
+        self.options = options
+        self.has_written = False
+        self.is_session_closed = False
+        self.is_stream_refused = False
+        self.is_torn = False
+        self._asgi_scope = asgi_scope
+        self._lifecycle = Lifecycle()
+        self._session: S | None = None
+        self._thread = get_ident()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._users = 0
+        self._ender: asyncio.Task[Any] | None = None
+        self._nobody_uses: asyncio.Future[None] | None = None
+        self._is_abandoned = False
+
+    # ---------------------------------------------------------------- what users see
+
+    @property
+    def state(self) -> State:
+        """Where the scope is in its life."""
+        return self._lifecycle.state
+
+    @property
+    def outcome(self) -> Outcome:
+        """What became of the scope's last transaction."""
+        return self._lifecycle.outcome
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the scope has ended."""
+        return self._lifecycle.state is State.CLOSED
+
+    @property
+    def is_rollback_only(self) -> bool:
+        """Whether :meth:`set_rollback_only` was called."""
+        return self._lifecycle.state in ROLLBACK_ONLY
+
+    @property
+    def label(self) -> str:
+        """What the scope serves, for logs and errors: ``GET /orders``."""
+        asgi_scope = self._asgi_scope
+        if asgi_scope is None:
+            return "session_scope()"
+        method = asgi_scope.get("method", "WEBSOCKET")
+        return f"{method} {asgi_scope.get('path', '?')}"
+
+    def __repr__(self) -> str:
+        return f"<SessionScope {self._lifecycle.state.name} {self.label}>"
+
+    @property
+    def session(self) -> S:
+        """The scope's one session, made at its first use.
+
+        Raises:
+            SessionScopeClosedError: If the scope has ended.
+            WebSocketSessionError: If the scope is a websocket's.
+        """
+        return self._session or self._make_session()
+
+    def set_rollback_only(self) -> None:
+        """Forbid this scope to commit anything from now on; the response goes out as it is.
+
+        For a dry run or a preview. It holds to the end of the scope, streams and background work
+        included. What was committed before stays.
+
+        Raises:
+            SessionScopeClosedError: If the scope has ended.
+            ConfigurationError: If the mode is ``"autocommit"``: nothing could be rolled back.
+        """
+        self.check_open()
+        if self.options.mode == "autocommit":
+            msg = (
+                f"{self!r} is in mode 'autocommit': its statements are durable one by one, and "
+                "nothing could be rolled back. Use session_options(mode='transaction') here."
+            )
+            raise ConfigurationError(msg)
+        self.advance(Event.SET_ROLLBACK_ONLY)
+
+    def configure(self, **changes: Any) -> None:
+        """Change the options of this scope, as :func:`.session_options` does.
+
+        Raises:
+            ConfigurationError: If an option is unknown or wrong.
+            LateOptionsError: If it shapes transactions and one has begun already.
+            SessionScopeClosedError: If the scope has ended.
+        """
+        self.check_open()
+        options = self.options.changed(changes)
+        if options == self.options:
+            return
+        late = SHAPES_TRANSACTION & changes.keys()
+        if late and (self.outcome is not Outcome.NOT_BEGUN or self.state in OPEN):
+            msg = (
+                f"{self!r} has used the database already, so {', '.join(sorted(late))} can't be "
+                "changed. Something before this point (a dependency, a middleware) ran a "
+                "statement: set the options ahead of it, for instance with "
+                "dependencies=[Depends(session_options(...).apply)] on the route."
+            )
+            raise LateOptionsError(msg)
+        self.options = options
+
+    # ---------------------------------------------------------------- the session reports
+
+    def check_open(self) -> None:
+        """Refuse use after the end."""
+        if self._lifecycle.state is State.CLOSED:
+            msg = (
+                f"{self!r} has ended, and its session with it. A task that outlives its request "
+                "needs a scope of its own: `async with db.session_scope() as session:`."
+            )
+            raise SessionScopeClosedError(msg)
+        if self.is_session_closed:
+            msg = (
+                f"The session of {self!r} was closed by hand (session.close(), or the end of "
+                "`async with session:`), or its connection had to be thrown away. The scope closes "
+                "it by itself; to give the connection back early use `await db.release()`."
+            )
+            raise SessionScopeClosedError(msg)
+
+    def check_use(self) -> None:
+        """Refuse use of the session where it can't be right."""
+        self.check_open()
+        if get_ident() != self._thread:
+            msg = (
+                f"The AsyncSession of {self!r} was used in another thread than the event loop's. "
+                "From a worker thread (a `def` endpoint) call back into the loop: "
+                "`anyio.from_thread.run(session.execute, statement)`."
+            )
+            raise EventLoopMismatchError(msg)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            msg = f"The AsyncSession of {self!r} needs a running asyncio event loop; there is none."
+            raise EventLoopMismatchError(msg) from None
+        if loop is not self._loop:
+            if self._loop is not None:
+                msg = f"{self!r} belongs to another event loop. Open a scope in the loop that uses it."
+                raise EventLoopMismatchError(msg)
+            self._loop = loop
+        if self._ender is not None and asyncio.current_task() is not self._ender:
+            msg = (
+                f"{self!r} is ending its transaction, and task "
+                f"{_task_name()} used its session at the same time. Await the work of child tasks "
+                "before the response is sent, or give them a session of their own: "
+                "`async with db.session_scope() as session:`."
+            )
+            raise ConcurrentSessionUseError(msg)
+
+    def enter(self, session: Session) -> None:
+        """An operation on the session begins."""
+        self.check_use()
+        if self.is_stream_refused:
+            msg = (
+                f"{self!r} has stream='error': its body may not use the session. Read what it "
+                "needs before the response, or use stream='release' or stream='hold'."
+            )
+            raise StreamSessionError(msg)
+        if self.is_torn:
+            self.is_torn = False
+            session.rollback()
+        self._users += 1
+
+    def leave(self, session: Session) -> None:
+        """An operation on the session has ended."""
+        self._users -= 1
+        if self._users:
+            return
+        if self._nobody_uses is not None and not self._nobody_uses.done():
+            self._nobody_uses.set_result(None)
+        if self._is_abandoned:
+            # The scope couldn't wait any longer; the last one out puts out the light.
+            session.invalidate()
+
+    def note_commit(self) -> None:
+        """COMMIT is about to be sent.
+
+        Raises:
+            RollbackOnlyError: If the scope never commits.
+        """
+        if self._lifecycle.state in ROLLBACK_ONLY:
+            msg = (
+                f"{self!r} was set rollback-only, and COMMIT was asked for. Nothing was committed; "
+                "leave the ending to the scope, or don't call set_rollback_only()."
+            )
+            raise RollbackOnlyError(msg)
+        self.advance(Event.COMMIT_SENT)
+
+    def advance(self, event: Event) -> None:
+        """Take note of *event*."""
+        before = self._lifecycle.advance(event)
+        if logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s: %s -> %s", self.label, before.name, self._lifecycle.state.name)
+
+    # ---------------------------------------------------------------- the driver
+
+    def is_settled(self) -> bool:
+        """Whether there is no open transaction to end."""
+        session = self._session
+        return session is None or not session.sync_session.in_transaction()
+
+    def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
+        """How the open transaction would end for *cause*."""
+        if self.is_torn:
+            return Ending.ROLLBACK
+        options = self.options
+        return decide_ending(
+            cause, self.state, mode=options.mode, policy=options.commit_policy, head=head
+        )
+
+    async def settle(self, ending: Ending) -> asyncio.CancelledError | None:
+        """End the open transaction, if there is one; the connection goes back to the pool.
+
+        Returns:
+            A cancellation that arrived meanwhile, which the caller has to pass on.
+
+        Raises:
+            Exception: What the database said to COMMIT. The transaction is rolled back by then.
+            ConcurrentSessionUseError: If another task went on using the session, so that COMMIT
+                could not be sent.
+        """
+        session = self._session
+        if session is None or not session.sync_session.in_transaction():
+            return None
+        return await run_to_completion(
+            self._end(session, ending), grace=self.database.cleanup_timeout
+        )
+
+    async def close(self, ending: Ending) -> asyncio.CancelledError | None:
+        """End what is open and the session with it. Nothing can be done with the scope after.
+
+        Returns:
+            A cancellation that arrived meanwhile, which the caller has to pass on.
+        """
+        try:
+            return await self.settle(ending)
+        finally:
+            self.close_settled()
+
+    def close_settled(self) -> None:
+        """Close a scope whose transaction is over: no I/O, so nothing to wait for."""
+        session, self._session = self._session, None
+        if self._lifecycle.state in OPEN:
+            # Abandoned: whoever still has the connection throws it away; the server rolls back.
+            self.advance(Event.ROLLED_BACK)
+        if self._lifecycle.state is not State.CLOSED:
+            self.advance(Event.CLOSED)
+        if session is not None and not self._is_abandoned:
+            session.sync_session.close()
+
+    async def _end(self, session: AsyncSession, ending: Ending) -> None:
+        self._ender = asyncio.current_task()
+        try:
+            if self._users and not await self._wait_for_users():
+                await self._invalidate(session)
+                if ending is Ending.COMMIT:
+                    raise ConcurrentSessionUseError(self._busy_message())
+                return
+            if ending is Ending.COMMIT:
+                await self._commit(session)
+            else:
+                self._warn_of_loss(session)
+                await self._roll_back(session)
+        except asyncio.CancelledError:
+            await self._invalidate(session)
+            raise
+        finally:
+            self._ender = None
+
+    async def _commit(self, session: AsyncSession) -> None:
+        try:
+            await session.commit()
+        except BaseException as error:
+            await self._roll_back(session)
+            became = (
+                "may or may not have been committed: the connection was lost during COMMIT"
+                if self.outcome is Outcome.IN_DOUBT
+                else "was rolled back"
+            )
+            error.add_note(f"asgi_dbscope: the transaction of {self.label} {became}.")
+            raise
+
+    async def _roll_back(self, session: AsyncSession) -> None:
+        """Roll back quietly: whatever goes wrong here must not hide why we roll back."""
+        try:
+            async with asyncio.timeout(self.database.cleanup_timeout):
+                await session.rollback()
+        except Exception:
+            logger.warning(
+                "%s: ROLLBACK failed; the connection is thrown away", self.label, exc_info=True
+            )
+            await self._invalidate(session)
+
+    async def _invalidate(self, session: AsyncSession) -> None:
+        self.is_session_closed = True
+        try:
+            await session.invalidate()
+        except Exception:  # noqa: BLE001 - SQLAlchemy refuses while another task is connecting
+            self._is_abandoned = True
+            logger.warning(
+                "%s: its session is still in use; the connection will be thrown away after",
+                self.label,
+            )
+
+    async def _wait_for_users(self) -> bool:
+        """Wait for other tasks to come out of the session; ``False`` if they don't in time."""
+        self._nobody_uses = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(self.database.cleanup_timeout):
+                await self._nobody_uses
+        except TimeoutError:
+            logger.warning("%s", self._busy_message())
+            return False
+        finally:
+            self._nobody_uses = None
+        return True
+
+    def _busy_message(self) -> str:
+        return (
+            f"{self!r} ends, and after {self.database.cleanup_timeout} seconds (cleanup_timeout) "
+            "another task is still running a statement on its session. Its connection is thrown "
+            "away and nothing is committed. Await child tasks before the response is sent."
+        )
+
+    def _warn_of_loss(self, session: AsyncSession) -> None:
+        if self.options.mode != "manual":
+            return
+        if self.has_written or session.new or session.dirty or session.deleted:
+            logger.warning(
+                "%s: mode is 'manual' and nobody committed: open changes are rolled back",
+                self.label,
+            )
+
+    # ---------------------------------------------------------------- the session
+
+    def _make_session(self) -> S:
+        if self._lifecycle.state is State.CLOSED:
+            self.check_open()
+        if self._asgi_scope is not None and self._asgi_scope.get("type") == "websocket":
+            msg = (
+                f"{self!r}: a websocket's session is open for one message at a time, so that it "
+                "holds no connection in between. Use `async with db.session_scope() as session:`."
+            )
+            raise WebSocketSessionError(msg)
+        with _creation:
+            if self._session is None:
+                self._session = self.database.make_session(self)
+            return self._session
+
+
+def _task_name() -> str:
+    task = asyncio.current_task()
+    return "(none)" if task is None else repr(task.get_name())

@@ -1,0 +1,303 @@
+"""What SQLAlchemy tells us: a session class that reports its use, and an engine that is watched.
+
+Everything here reports facts to the session's scope, or guards a connection; it decides nothing.
+The listeners are registered once per session class and once per engine, not per request.
+"""
+
+from __future__ import annotations
+
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import Engine, event
+from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
+
+from asgi_dbscope import _dialects
+from asgi_dbscope._lifecycle import OPEN, Event, State
+from asgi_dbscope.errors import ConfigurationError, TransactionAbortedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.orm import Session
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+    from asgi_dbscope._scope import SessionScope
+
+STATEMENTS = ("execute", "scalar", "scalars")
+OPERATIONS = (
+    *("get", "get_one", "merge", "refresh", "flush", "connection", "commit", "rollback"),
+    *("begin_nested", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
+)
+REGISTRATIONS = ("add", "delete")
+
+
+@cache
+def reporting_session_class(base: type[Session]) -> type[Session]:
+    """A subclass of *base* whose sessions report what they do to their ``scope`` attribute."""
+    namespace: dict[str, Any] = {"scope": None, "__module__": base.__module__}
+    for name in STATEMENTS:
+        namespace[name] = _reporting_statement(getattr(base, name))
+    for name in OPERATIONS:
+        namespace[name] = _reporting(getattr(base, name))
+    for name in REGISTRATIONS:
+        namespace[name] = _checked(getattr(base, name))
+
+    def get_bind(self: Any, *args: Any, **kwargs: Any) -> Engine | Connection:
+        bind = base.get_bind(self, *args, **kwargs)
+        scope = self.scope
+        if scope is None or scope.options.shapes_nothing:
+            return bind
+        return _shaped_bind(scope, self, bind)
+
+    def begin(self: Any, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - SQLAlchemy's
+        scope = self.scope
+        if scope is not None:
+            scope.check_use()
+            if scope.options.mode == "autocommit":
+                _leave_autocommit(self, nested=nested)
+        return base.begin(self, nested=nested)
+
+    def close(self: Any) -> None:
+        if self.scope is not None:
+            self.scope.is_session_closed = True
+        base.close(self)
+
+    namespace.update(get_bind=get_bind, begin=begin, close=close)
+    cls = type(base.__name__, (base,), namespace)
+    event.listen(cls, "after_begin", _after_begin)
+    event.listen(cls, "after_commit", _after_commit)
+    event.listen(cls, "after_transaction_end", _after_transaction_end)
+    return cls
+
+
+def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def reporting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = self.scope
+        if scope is None:
+            return method(self, *args, **kwargs)
+        scope.enter(self)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            scope.leave(self)
+
+    return reporting
+
+
+def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def reporting(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        scope = self.scope
+        if scope is None:
+            return method(self, statement, *args, **kwargs)
+        scope.enter(self)
+        if not getattr(statement, "is_select", False):
+            scope.has_written = True
+        try:
+            return method(self, statement, *args, **kwargs)
+        finally:
+            scope.leave(self)
+
+    return reporting
+
+
+def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.scope is not None:
+            self.scope.check_open()
+            self.scope.has_written = True
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
+def _shaped_bind(scope: SessionScope[Any], session: Session, bind: Any) -> Any:
+    """The variant of *bind* that begins transactions as the scope's options say."""
+    if scope.options.mode == "autocommit":
+        transaction = session.get_transaction()
+        if transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN:
+            return bind  # the user's own `async with session.begin()`: a real transaction
+    execution_options = _dialects.begin_options(
+        bind.dialect.name,
+        mode=scope.options.mode,
+        isolation_level=scope.options.isolation_level,
+        read_only=scope.options.read_only,
+    )
+    if not execution_options:
+        return bind
+    if not isinstance(bind, Engine):
+        msg = (
+            f"{scope!r} asks for {execution_options}, but its session is bound to a connection "
+            "that somebody else has begun a transaction on. Bind the session to an engine."
+        )
+        raise ConfigurationError(msg)
+    return scope.database.shaped_engine(bind, execution_options)
+
+
+def _leave_autocommit(session: Session, *, nested: bool) -> None:
+    """Make room for a real transaction: what autobegan is nobody's transaction."""
+    transaction = session.get_transaction()
+    is_real = transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN
+    if nested and not is_real:
+        msg = (
+            "begin_nested() needs a transaction to set a savepoint in, and mode='autocommit' has "
+            "none. Begin one first: `async with session.begin(): ...`."
+        )
+        raise ConfigurationError(msg)
+    if transaction is not None and not is_real:
+        session.commit()
+
+
+# --------------------------------------------------------------------------------------
+# A session's own events
+# --------------------------------------------------------------------------------------
+
+
+def _after_begin(session: Any, transaction: SessionTransaction, connection: Connection) -> None:
+    scope: SessionScope[Any] | None = session.scope
+    if scope is None or transaction.parent is not None:
+        return
+    scope.check_open()
+    watch_engine(connection.engine)
+    _watched[connection] = _Watch(scope)
+    scope.advance(Event.BEGUN)
+    if scope.options.read_only:
+        _dialects.enforce_read_only(connection)
+
+
+def _after_commit(session: Any) -> None:
+    scope: SessionScope[Any] | None = session.scope
+    is_root = not session.in_nested_transaction()
+    if scope is not None and is_root and scope.state is State.COMMITTING:
+        scope.advance(Event.COMMITTED)
+
+
+def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
+    scope: SessionScope[Any] | None = session.scope
+    if scope is not None and transaction.parent is None and scope.state in OPEN:
+        scope.advance(Event.ROLLED_BACK)
+
+
+# --------------------------------------------------------------------------------------
+# The engine's events, for connections that a scope's session took
+# --------------------------------------------------------------------------------------
+
+
+class _Watch:
+    """What we know of a connection while a scope's session has it.
+
+    Attributes:
+        scope: The session's scope.
+
+        error: The error after which the database may have aborted the transaction.
+    """
+
+    __slots__ = ("error", "scope")
+
+    def __init__(self, scope: SessionScope[Any]) -> None:
+        self.scope = scope
+        self.error: BaseException | None = None
+
+
+_watched: WeakKeyDictionary[Connection, _Watch] = WeakKeyDictionary()
+
+
+_watched_engines: WeakSet[Engine] = WeakSet()
+
+
+def shape_engine(engine: Engine, execution_options: dict[str, Any]) -> Engine:
+    """A variant of *engine* over the same pool, which hears of events through *engine*."""
+    watch_engine(engine)
+    variant = engine.execution_options(**execution_options)
+    _watched_engines.add(variant)
+    return variant
+
+
+def watch_engine(engine: Engine) -> None:
+    """Listen to *engine*, once."""
+    if engine in _watched_engines:
+        return
+    _watched_engines.add(engine)
+    event.listen(engine, "commit", _before_commit_is_sent)
+    event.listen(engine, "savepoint", _before_savepoint)
+    event.listen(engine, "rollback_savepoint", _before_rollback_to_savepoint)
+    event.listen(engine, "handle_error", _on_error)
+    event.listen(engine, "reset", _dialects.undo_read_only)
+    event.listen(engine, "checkin", _on_checkin)
+
+
+def _before_commit_is_sent(connection: Connection) -> None:
+    watch = _watched.get(connection)
+    if watch is None:
+        return
+    if watch.error is not None:
+        _refuse_aborted(connection, watch)
+    watch.scope.note_commit()
+
+
+def _refuse_aborted(connection: Connection, watch: _Watch) -> None:
+    """Raise if the database has aborted the transaction; a doubt is settled by asking it.
+
+    The one extra round trip is paid only after an error that was swallowed.
+    """
+    error = watch.error
+    try:
+        is_aborted = connection.invalidated or _dialects.is_aborted(connection)
+    except Exception as failure:  # noqa: BLE001 - whatever it is, it can't be committed
+        is_aborted, error = True, error or failure
+    if not is_aborted:
+        watch.error = None
+        return
+    msg = (
+        f"{watch.scope!r} can't commit: the database aborted this transaction at an earlier error "
+        f"({type(error).__name__}: {error}), which the code caught and went on from. Nothing of the "
+        "transaction is kept. Let the error propagate; or, where it is expected, wrap the statement "
+        "in `async with session.begin_nested():` so that only this part is rolled back; or call "
+        "`await session.rollback()` and begin again."
+    )
+    raise TransactionAbortedError(msg) from error
+
+
+def _before_savepoint(connection: Connection, name: str | None) -> None:  # noqa: ARG001 - SQLAlchemy's signature
+    if connection in _watched:
+        _dialects.begin_before_savepoint(connection)
+
+
+def _before_rollback_to_savepoint(connection: Connection, name: str, context: None) -> None:  # noqa: ARG001 - SQLAlchemy's signature
+    watch = _watched.get(connection)
+    if watch is not None:
+        watch.error = None
+
+
+def _on_error(context: ExceptionContext) -> None:
+    connection = context.connection
+    watch = None if connection is None else _watched.get(connection)
+    if watch is None or connection is None:
+        return
+    if watch.scope.state is State.COMMITTING and context.is_disconnect:
+        watch.scope.advance(Event.ANSWER_LOST)
+    elif context.is_disconnect or _dialects.may_abort(connection, context.original_exception):
+        watch.error = context.original_exception
+
+
+def _on_checkin(
+    dbapi_connection: DBAPIConnection | None, connection_record: ConnectionPoolEntry
+) -> None:
+    """Never let a connection back into the pool inside a transaction, whatever went before."""
+    if dbapi_connection is None or not _dialects.is_in_transaction(dbapi_connection):
+        return
+    try:
+        dbapi_connection.rollback()
+    except Exception:  # noqa: BLE001 - the connection is thrown away below
+        is_clean = False
+    else:
+        is_clean = not _dialects.is_in_transaction(dbapi_connection)
+    if not is_clean:
+        connection_record.invalidate()

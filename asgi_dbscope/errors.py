@@ -1,0 +1,67 @@
+"""Every error that asgi_dbscope raises, one class per condition.
+
+SQLAlchemy's and the driver's own errors are never wrapped: they surface as they are, with a note
+(:pep:`678`) that says what became of the transaction.
+"""
+
+from __future__ import annotations
+
+
+class DBScopeError(Exception):
+    """The base of every error of this package."""
+
+
+class ConfigurationError(DBScopeError, ValueError):
+    """An option is wrong. Raised when the object is built, or where the option is given."""
+
+
+class NoSessionScopeError(DBScopeError, LookupError):
+    """A session was asked for where no session scope is open."""
+
+
+class AmbiguousDatabaseError(DBScopeError, LookupError):
+    """Several databases have a scope here, and the call did not name one."""
+
+
+class SessionScopeClosedError(DBScopeError):
+    """A session was used after its scope had ended, or after it was closed by hand."""
+
+
+class WebSocketSessionError(DBScopeError):
+    """A websocket's code asked for a session outside ``async with db.session_scope()``."""
+
+
+class StreamSessionError(DBScopeError):
+    """A streaming body used the session although the scope has ``stream="error"``."""
+
+
+class LateOptionsError(DBScopeError):
+    """Options that shape a transaction were given after that transaction had begun."""
+
+
+class RollbackOnlyError(DBScopeError):
+    """A COMMIT was asked for in a scope that was set rollback-only."""
+
+
+class TransactionAbortedError(DBScopeError):
+    """A COMMIT was asked for in a transaction that the database has already aborted.
+
+    After an SQL error PostgreSQL answers COMMIT with ROLLBACK and raises nothing. The error that
+    aborted the transaction is this one's ``__cause__``.
+    """
+
+
+class ConcurrentSessionUseError(DBScopeError):
+    """Two tasks used one session at the same time."""
+
+
+class EventLoopMismatchError(DBScopeError):
+    """A session was used from another thread or event loop than the one its scope runs in."""
+
+
+class CommitPolicyError(DBScopeError, TypeError):
+    """A commit policy answered with something other than ``True`` or ``False``."""
+
+
+class IllegalTransitionError(DBScopeError):
+    """An event arrived that the lifecycle's table doesn't allow; nothing was changed."""
