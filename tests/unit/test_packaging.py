@@ -106,10 +106,7 @@ def test_oldest_environment_runs_declared_lower_bounds(project):
 
 
 def test_types_are_shipped():
-    """The package carries its py.typed, and the wheel nothing but the package."""
-    files = importlib.metadata.files("asgi-dbscope") or []
-
-    assert "asgi_dbscope/py.typed" in map(str, files) or "TOX_ENV_NAME" not in os.environ
+    """The package tells type checkers that it is typed."""
     assert Path(asgi_dbscope.__file__).with_name("py.typed").exists()
 
 
