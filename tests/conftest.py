@@ -1,0 +1,8 @@
+"""Plugins by subject; there are no fixtures here."""
+
+pytest_plugins = [
+    "tests.fix_postgres",
+    "tests.fix_database",
+    "tests.fix_asgi",
+    "tests.fix_leaks",
+]
