@@ -82,5 +82,5 @@ def no_scope_message(of: str | None) -> str:
         f"No session scope is open here{'' if of is None else f' for database {of}'}. Inside a "
         "request: is DBSessionMiddleware added to this app, and the path not excluded? Elsewhere "
         "(a script, a job, a test): use `async with db.session_scope() as session:`. In a thread "
-        "started by hand: run it in a copy of the context (anyio.to_thread and asyncio.to_thread do)."
+        "started by hand: run it in a copy of the context, as asyncio.to_thread() does."
     )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import sys
+from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from sqlalchemy import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError
@@ -236,7 +236,8 @@ class SessionHandle(Generic[S]):
     async def __aenter__(self) -> S:
         scope = _current.find_scope(self._database)
         if scope is not None and not scope.is_over:
-            return scope.session
+            session: S = scope.session
+            return session
         self._block = self._database.session_scope()
         return await self._block.__aenter__()
 
@@ -254,7 +255,9 @@ if sys.version_info >= (3, 12):
     inspect.markcoroutinefunction(Database.get_session)
 else:
     # What asyncio.iscoroutinefunction() looks for, and frameworks ask it.
-    Database.get_session._is_coroutine = asyncio.coroutines._is_coroutine  # noqa: SLF001
+    from asyncio import coroutines
+
+    setattr(Database.get_session, "_is_coroutine", getattr(coroutines, "_is_coroutine"))  # noqa: B009, B010 - no public name before 3.12
 
 
 class SessionScopeBlock(Generic[S]):
@@ -301,12 +304,10 @@ class SessionScopeBlock(Generic[S]):
         scope, self._scope = self._scope, None
         assert scope is not None
         assert self._token is not None
-        try:
+        # ValueError: left in another context than entered (a fixture, a generator's exit). The
+        # variable was set in a context that nobody looks into any more.
+        with suppress(ValueError):
             _current.innermost.reset(self._token)
-        except ValueError:
-            # Left in another context than entered (a fixture, a generator's exit): the variable
-            # was set in a context that nobody looks into any more.
-            pass
         cause = Cause.COMPLETED if exc is None else Cause.RAISED
         cancellation = await scope.close(scope.decide(cause))
         if cancellation is None:
@@ -330,7 +331,7 @@ class _CurrentSession(ScopedRegistry[S]):
         # So that session_proxy.remove() leaves the session to its scope.
         return False
 
-    def set(self, obj: S) -> None:
+    def set(self, obj: S) -> None:  # noqa: ARG002 - the base class's signature
         msg = "The session of a scope can't be configured through session_proxy; use db.session."
         raise ConfigurationError(msg)
 
@@ -355,7 +356,7 @@ def _make_engine(url: URL | str) -> AsyncEngine:
 def _reporting_factory(source: object) -> async_sessionmaker[Any]:
     """An ``async_sessionmaker`` like *source*, whose sessions report to their scope."""
     if isinstance(source, async_sessionmaker):
-        return _derived_factory(source)
+        return _derived_factory(cast("async_sessionmaker[AsyncSession]", source))
     if isinstance(source, AsyncEngine):
         return _derived_factory(async_sessionmaker(source, expire_on_commit=False))
     if isinstance(source, (Engine, sessionmaker)):
@@ -368,7 +369,7 @@ def _reporting_factory(source: object) -> async_sessionmaker[Any]:
     raise ConfigurationError(msg)
 
 
-def _derived_factory(factory: async_sessionmaker[Any]) -> async_sessionmaker[Any]:
+def _derived_factory(factory: async_sessionmaker[AsyncSession]) -> async_sessionmaker[Any]:
     options: dict[str, Any] = dict(factory.kw)
     sync_class = options.get("sync_session_class", factory.class_.sync_session_class)
     if isinstance(sync_class, sessionmaker):

@@ -141,7 +141,7 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
         stream: Stream | None = None,
         database: str | None = None,
     ) -> None:
-        given = {
+        given: dict[str, Any] = {
             "mode": mode,
             "isolation_level": isolation_level,
             "read_only": read_only,

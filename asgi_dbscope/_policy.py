@@ -125,7 +125,7 @@ def decide_ending(
     if answer is False:
         return Ending.ROLLBACK
     msg = (
-        f"The commit policy {policy!r} answered {answer!r} for status {head.status}; it must return "
-        "True (commit) or False (roll back). The transaction was rolled back."
+        f"The commit policy {policy!r} answered {answer!r} for status {head.status}; it must "
+        "return True (commit) or False (roll back). The transaction was rolled back."
     )
     raise CommitPolicyError(msg)

@@ -217,7 +217,9 @@ class SessionScope(Generic[S]):
             raise EventLoopMismatchError(msg) from None
         if loop is not self._loop:
             if self._loop is not None:
-                msg = f"{self!r} belongs to another event loop. Open a scope in the loop that uses it."
+                msg = (
+                    f"{self!r} belongs to another event loop. Open a scope in the loop of its use."
+                )
                 raise EventLoopMismatchError(msg)
             self._loop = loop
         if self._ender is not None and asyncio.current_task() is not self._ender:

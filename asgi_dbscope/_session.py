@@ -6,7 +6,7 @@ The listeners are registered once per session class and once per engine, not per
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -36,43 +36,68 @@ OPERATIONS = (
 REGISTRATIONS = ("add", "delete")
 
 
-@cache
 def reporting_session_class(base: type[Session]) -> type[Session]:
     """A subclass of *base* whose sessions report what they do to their ``scope`` attribute."""
-    namespace: dict[str, Any] = {"scope": None, "__module__": base.__module__}
+    known = _reporting_classes.get(base)
+    if known is not None:
+        return known
+    namespace: dict[str, Any] = {
+        "scope": None,
+        "__module__": base.__module__,
+        "get_bind": _shaping(base.get_bind),
+        "begin": _beginning(base.begin),
+        "close": _closing(base.close),
+    }
     for name in STATEMENTS:
         namespace[name] = _reporting_statement(getattr(base, name))
     for name in OPERATIONS:
         namespace[name] = _reporting(getattr(base, name))
     for name in REGISTRATIONS:
         namespace[name] = _checked(getattr(base, name))
+    cls = type(base.__name__, (base,), namespace)
+    event.listen(cls, "after_begin", _after_begin)
+    event.listen(cls, "after_commit", _after_commit)
+    event.listen(cls, "after_transaction_end", _after_transaction_end)
+    _reporting_classes[base] = cls
+    return cls
 
-    def get_bind(self: Any, *args: Any, **kwargs: Any) -> Engine | Connection:
-        bind = base.get_bind(self, *args, **kwargs)
+
+_reporting_classes: dict[type[Session], type[Session]] = {}
+
+
+def _shaping(get_bind: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(get_bind)
+    def shaping(self: Any, *args: Any, **kwargs: Any) -> Engine | Connection:
+        bind: Engine | Connection = get_bind(self, *args, **kwargs)
         scope = self.scope
         if scope is None or scope.options.shapes_nothing:
             return bind
         return _shaped_bind(scope, self, bind)
 
-    def begin(self: Any, nested: bool = False) -> SessionTransaction:  # noqa: FBT001, FBT002 - SQLAlchemy's
+    return shaping
+
+
+def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(begin)
+    def beginning(self: Any, nested: bool = False) -> Any:
         scope = self.scope
         if scope is not None:
             scope.check_use()
             if scope.options.mode == "autocommit":
                 _leave_autocommit(self, nested=nested)
-        return base.begin(self, nested=nested)
+        return begin(self, nested=nested)
 
-    def close(self: Any) -> None:
+    return beginning
+
+
+def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(close)
+    def closing(self: Any) -> None:
         if self.scope is not None:
             self.scope.is_session_closed = True
-        base.close(self)
+        close(self)
 
-    namespace.update(get_bind=get_bind, begin=begin, close=close)
-    cls = type(base.__name__, (base,), namespace)
-    event.listen(cls, "after_begin", _after_begin)
-    event.listen(cls, "after_commit", _after_commit)
-    event.listen(cls, "after_transaction_end", _after_transaction_end)
-    return cls
+    return closing
 
 
 def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +143,9 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-def _shaped_bind(scope: SessionScope[Any], session: Session, bind: Any) -> Any:
+def _shaped_bind(
+    scope: SessionScope[Any], session: Session, bind: Engine | Connection
+) -> Engine | Connection:
     """The variant of *bind* that begins transactions as the scope's options say."""
     if scope.options.mode == "autocommit":
         transaction = session.get_transaction()
@@ -257,10 +284,10 @@ def _refuse_aborted(connection: Connection, watch: _Watch) -> None:
         return
     msg = (
         f"{watch.scope!r} can't commit: the database aborted this transaction at an earlier error "
-        f"({type(error).__name__}: {error}), which the code caught and went on from. Nothing of the "
-        "transaction is kept. Let the error propagate; or, where it is expected, wrap the statement "
-        "in `async with session.begin_nested():` so that only this part is rolled back; or call "
-        "`await session.rollback()` and begin again."
+        f"({type(error).__name__}: {error}), which the code caught and went on from. Nothing of "
+        "the transaction is kept. Let the error propagate; or, where it is expected, wrap the "
+        "statement in `async with session.begin_nested():` so that only this part is rolled back; "
+        "or call `await session.rollback()` and begin again."
     )
     raise TransactionAbortedError(msg) from error
 

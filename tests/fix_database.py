@@ -63,9 +63,7 @@ def timeline() -> Timeline:
 
 
 @pytest.fixture
-def make_engine(
-    request: pytest.FixtureRequest, tmp_path: Path
-) -> Callable[..., AsyncEngine]:
+def make_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., AsyncEngine]:
     """Make an engine for a driver; its schema is there, and empty."""
 
     def make(driver: str, **options: Any) -> AsyncEngine:
