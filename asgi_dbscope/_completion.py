@@ -54,15 +54,16 @@ async def run_to_completion(
         deadline.cancel()
     try:
         task.result()
+    except asyncio.CancelledError as error:
+        raise cancellation or error  # noqa: B904 - one cancellation, whoever passed it on
     except BaseException:
-        if cancellation is not None:
-            redeliver(cancellation)
+        redeliver(cancellation)
         raise
     return cancellation
 
 
-def redeliver(cancellation: asyncio.CancelledError) -> None:
-    """Deliver *cancellation* to this task again, at its next suspension.
+def redeliver(cancellation: asyncio.CancelledError | None) -> None:
+    """Deliver *cancellation*, if there is one, to this task again, at its next suspension.
 
     A task that was about to be cancelled, but would have sent its response without suspending,
     must still be able to: so the cancellation isn't raised here, it is handed on. The request is
@@ -70,6 +71,9 @@ def redeliver(cancellation: asyncio.CancelledError) -> None:
     a request survives the end of an ``asyncio.timeout()`` block that it belongs to, and would hit
     innocent code.
     """
+    if cancellation is None:
+        return
+    arguments = cancellation.args
     task = asyncio.current_task()
     assert task is not None
     requests = task.cancelling()
@@ -77,6 +81,6 @@ def redeliver(cancellation: asyncio.CancelledError) -> None:
     def cancel_again() -> None:
         if requests and task.cancelling() >= requests and not task.done():
             task.uncancel()
-            task.cancel(*cancellation.args)
+            task.cancel(*arguments)
 
     asyncio.get_running_loop().call_soon(cancel_again)

@@ -57,7 +57,7 @@ def current_scope(name: str | None = None) -> SessionScope[Any]:
             "current_session('reports'), or use the Database object: db.session."
         )
         raise AmbiguousDatabaseError(msg)
-    raise NoSessionScopeError(no_scope_message(None if name is None else repr(name)))
+    raise NoSessionScopeError(no_scope_message(name))
 
 
 def current_session(name: str | None = None) -> AsyncSession:
@@ -76,11 +76,18 @@ def current_session(name: str | None = None) -> AsyncSession:
     return session
 
 
-def no_scope_message(of: str | None) -> str:
+def no_scope_message(name: str | None) -> str:
     """What to tell a user who asked for a session outside of any scope."""
+    other = innermost.get()
+    if other is not None:
+        return (
+            f"No session scope is open here for the database {name!r}; there is {other!r} of "
+            f"{other.database!r}. Hand the same Database object to the middleware: "
+            "add_middleware(DBSessionMiddleware, database=db)."
+        )
     return (
-        f"No session scope is open here{'' if of is None else f' for database {of}'}. Inside a "
-        "request: is DBSessionMiddleware added to this app, and the path not excluded? Elsewhere "
-        "(a script, a job, a test): use `async with db.session_scope() as session:`. In a thread "
-        "started by hand: run it in a copy of the context, as asyncio.to_thread() does."
+        "No session scope is open here. Inside a request: is DBSessionMiddleware added to this "
+        "app, and the path not excluded? Elsewhere (a script, a job, a test): use `async with "
+        "db.session_scope() as session:`. In a thread started by hand: run it in a copy of the "
+        "context, as asyncio.to_thread() does."
     )

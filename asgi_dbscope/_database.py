@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
-import sys
-from contextlib import suppress
-from functools import wraps
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from sqlalchemy import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
-    create_async_engine,
 )
-from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
 from asgi_dbscope import _current
-from asgi_dbscope._completion import redeliver
+from asgi_dbscope._blocks import SessionHandle, SessionScopeBlock, looks_like_coroutine_function
+from asgi_dbscope._factory import make_engine, reporting_factory
 from asgi_dbscope._options import ScopeOptions
 from asgi_dbscope._policy import Cause
-from asgi_dbscope._scope import SessionScope
-from asgi_dbscope._session import reporting_session_class, shape_engine
+from asgi_dbscope._session import shape_engine
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
-    from contextvars import Token
-    from types import TracebackType
-    from typing import ParamSpec
+    from sqlalchemy import Engine
 
     from asgi_dbscope._policy import Mode
-
-    P = ParamSpec("P")
-    R = TypeVar("R")
+    from asgi_dbscope._scope import SessionScope
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -99,8 +87,8 @@ class Database(Generic[S]):
         self.cleanup_timeout = float(cleanup_timeout)
         self.owned_engine: AsyncEngine | None = None
         if isinstance(source, (str, URL)):
-            source = self.owned_engine = _make_engine(source)
-        self.session_factory: async_sessionmaker[S] = _reporting_factory(source)
+            source = self.owned_engine = make_engine(source)
+        self.session_factory: async_sessionmaker[S] = reporting_factory(source)
         self._shaped_engines: dict[tuple[Engine, tuple[tuple[str, Any], ...]], Engine] = {}
         self._session_proxy: async_scoped_session[S] | None = None
 
@@ -118,7 +106,7 @@ class Database(Generic[S]):
         """
         scope = _current.find_scope(self)
         if scope is None:
-            raise NoSessionScopeError(_current.no_scope_message(repr(self.name)))
+            raise NoSessionScopeError(_current.no_scope_message(self.name))
         return scope
 
     @property
@@ -132,6 +120,7 @@ class Database(Generic[S]):
         """
         return self.scope.session
 
+    @looks_like_coroutine_function
     def get_session(self) -> SessionHandle[S]:
         """The session of the current scope, for whoever wants to be handed it.
 
@@ -166,7 +155,7 @@ class Database(Generic[S]):
             Exception: What the database said to COMMIT; the transaction is rolled back by then.
         """
         scope = self.scope
-        scope.check_open()
+        scope.check_use()
         cancellation = await scope.settle(scope.decide(Cause.RELEASED))
         if cancellation is not None:
             raise cancellation
@@ -220,103 +209,6 @@ class Database(Generic[S]):
             await self.owned_engine.dispose()
 
 
-class SessionHandle(Generic[S]):
-    """What ``db.get_session()`` returns: to be awaited, or entered with ``async with``."""
-
-    __slots__ = ("_block", "_database")
-
-    def __init__(self, database: Database[S]) -> None:
-        self._database = database
-        self._block: SessionScopeBlock[S] | None = None
-
-    def __await__(self) -> Generator[Any, Any, S]:
-        return self._database.session
-        yield
-
-    async def __aenter__(self) -> S:
-        scope = _current.find_scope(self._database)
-        if scope is not None and not scope.is_over:
-            session: S = scope.session
-            return session
-        self._block = self._database.session_scope()
-        return await self._block.__aenter__()
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._block is not None:
-            await self._block.__aexit__(exc_type, exc, traceback)
-
-
-if sys.version_info >= (3, 12):
-    inspect.markcoroutinefunction(Database.get_session)
-else:
-    # What asyncio.iscoroutinefunction() looks for, and frameworks ask it.
-    from asyncio import coroutines
-
-    setattr(Database.get_session, "_is_coroutine", getattr(coroutines, "_is_coroutine"))  # noqa: B009, B010 - no public name before 3.12
-
-
-class SessionScopeBlock(Generic[S]):
-    """What ``db.session_scope()`` returns: a context manager and a decorator."""
-
-    __slots__ = ("_database", "_options", "_scope", "_token")
-
-    def __init__(self, database: Database[S], options: ScopeOptions) -> None:
-        self._database = database
-        self._options = options
-        self._scope: SessionScope[S] | None = None
-        self._token: Token[SessionScope[Any] | None] | None = None
-
-    def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
-        """Decorate a coroutine function: each call runs in a scope of its own."""
-        if not inspect.iscoroutinefunction(function):
-            msg = (
-                f"session_scope() decorates coroutine functions; {function!r} is none. In other "
-                "code use `async with db.session_scope() as session:`."
-            )
-            raise ConfigurationError(msg)
-
-        @wraps(function)
-        async def in_scope(*args: P.args, **kwargs: P.kwargs) -> R:
-            async with SessionScopeBlock(self._database, self._options):
-                return await function(*args, **kwargs)
-
-        return in_scope
-
-    async def __aenter__(self) -> S:
-        if self._scope is not None:
-            msg = "This session_scope() is entered already; call db.session_scope() once per block."
-            raise ConfigurationError(msg)
-        self._scope = SessionScope(self._database, _current.innermost.get(), self._options)
-        self._token = _current.innermost.set(self._scope)
-        return self._scope.session
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        scope, self._scope = self._scope, None
-        assert scope is not None
-        assert self._token is not None
-        # ValueError: left in another context than entered (a fixture, a generator's exit). The
-        # variable was set in a context that nobody looks into any more.
-        with suppress(ValueError):
-            _current.innermost.reset(self._token)
-        cause = Cause.COMPLETED if exc is None else Cause.RAISED
-        cancellation = await scope.close(scope.decide(cause))
-        if cancellation is None:
-            return
-        if exc is None:
-            raise cancellation
-        redeliver(cancellation)  # the error under way goes on; the cancellation comes after it
-
-
 class _CurrentSession(ScopedRegistry[S]):
     """The registry of a ``session_proxy``: the current scope is the only one it knows."""
 
@@ -337,50 +229,3 @@ class _CurrentSession(ScopedRegistry[S]):
 
     def clear(self) -> None:
         """Do nothing: the scope ends its session."""
-
-
-def _make_engine(url: URL | str) -> AsyncEngine:
-    try:
-        return create_async_engine(make_url(url))
-    except ArgumentError as error:
-        msg = (
-            "The database's URL can't be read; it looks like "
-            "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'."
-        )
-        raise ConfigurationError(msg) from error
-    except Exception as error:
-        msg = f"No asynchronous engine can be made from this URL: {error}"
-        raise ConfigurationError(msg) from error
-
-
-def _reporting_factory(source: object) -> async_sessionmaker[Any]:
-    """An ``async_sessionmaker`` like *source*, whose sessions report to their scope."""
-    if isinstance(source, async_sessionmaker):
-        return _derived_factory(cast("async_sessionmaker[AsyncSession]", source))
-    if isinstance(source, AsyncEngine):
-        return _derived_factory(async_sessionmaker(source, expire_on_commit=False))
-    if isinstance(source, (Engine, sessionmaker)):
-        msg = (
-            f"{source!r} is synchronous. Make the engine with "
-            "sqlalchemy.ext.asyncio.create_async_engine() and an asynchronous driver."
-        )
-        raise ConfigurationError(msg)
-    msg = f"Database() takes an AsyncEngine, a URL or an async_sessionmaker; got {source!r}."
-    raise ConfigurationError(msg)
-
-
-def _derived_factory(factory: async_sessionmaker[AsyncSession]) -> async_sessionmaker[Any]:
-    options: dict[str, Any] = dict(factory.kw)
-    sync_class = options.get("sync_session_class", factory.class_.sync_session_class)
-    if isinstance(sync_class, sessionmaker):
-        options = {**sync_class.kw, **options}
-        sync_class = sync_class.class_
-    if not (isinstance(sync_class, type) and issubclass(sync_class, Session)):
-        msg = (
-            f"sync_session_class must be a subclass of sqlalchemy.orm.Session or a sessionmaker; "
-            f"got {sync_class!r}."
-        )
-        raise ConfigurationError(msg)
-    options["sync_session_class"] = reporting_session_class(sync_class)
-    options["close_resets_only"] = False  # a closed session refuses use, instead of reopening
-    return async_sessionmaker(class_=factory.class_, **options)

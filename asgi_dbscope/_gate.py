@@ -33,11 +33,18 @@ class Phase(Enum):
     BACKGROUND = "BACKGROUND"
 
 
+_CAUSES = {
+    Phase.RESPONSE: Cause.NO_HEAD,
+    Phase.BODY: Cause.TORN,
+    Phase.BACKGROUND: Cause.COMPLETED,
+}
+"""Why a transaction ends that is open when the app returns."""
+
+
 class ResponseGate:
     """One request on its way: holds the head back until the transaction is settled."""
 
     __slots__ = (
-        "_answered_failure",
         "_asgi_scope",
         "_failure",
         "_has_trailers",
@@ -67,37 +74,52 @@ class ResponseGate:
         self._has_trailers = False
         self._lock: asyncio.Lock | None = None
         self._failure: BaseException | None = None
-        self._answered_failure = False
         self._outer_exception = sys.exception()
 
     # ---------------------------------------------------------------- the request's way
 
     async def run(self, app: ASGIApp) -> Any:
         """Run the app to its end, and end what it left open."""
+        try:
+            result = await self._answer(app)
+        except BaseException as error:
+            cancellation = await self._close(Cause.RAISED)
+            if cancellation is not None and not isinstance(error, asyncio.CancelledError):
+                redeliver(cancellation)  # the error under way first
+            raise
+        cancellation = await self._close(_CAUSES[self._phase])
+        if cancellation is not None:
+            raise cancellation
+        return result
+
+    async def _answer(self, app: ASGIApp) -> Any:
+        """Run the app; where its response did not get committed, answer in its place."""
         result = error = None
         try:
             result = await app(self._asgi_scope, self.receive, self.send)
         except BaseException as raised:  # noqa: BLE001 - raised again below
             error = raised
-        if self._failure is None and error is None:
-            await self._finish()
-            return result
-        failure, self._failure = self._failure, None
-        if failure is None or self._answered_failure or isinstance(error, asyncio.CancelledError):
-            await self._close(Ending.ROLLBACK)
-            if error is None:
+        failure = self._failure
+        try:
+            if failure is None or isinstance(error, asyncio.CancelledError):
+                if error is not None:
+                    raise error
                 return result
-            raise error
-        # The head that failed never went out, and the app has been unwound: answer in its place.
-        responder = None
-        if self._phase is Phase.RESPONSE and app is self._middleware.app:
-            await self._settle_all(Ending.ROLLBACK)
+            if self._phase is not Phase.RESPONSE:
+                raise failure
+            # The head that failed never went out, and the app has been unwound.
+            await self._settle_all(Cause.RAISED)
             responder = self._find_responder(failure)
-        if responder is None:
-            await self._close(Ending.ROLLBACK)
-            raise failure
-        logger.error("%s: %s", self._scopes[0].label, failure, exc_info=failure)
-        return await self.run(responder)
+            if responder is None:
+                raise failure
+            logger.error("%s: %s", self._scopes[0].label, failure, exc_info=failure)
+            self._failure = None
+            result = await responder(self._asgi_scope, self.receive, self.send)
+            if self._failure is not None:
+                raise self._failure
+            return result
+        finally:
+            error = failure = None  # an error's traceback holds this frame: no cycle
 
     def receive(self) -> Awaitable[Message]:
         """The app's ``receive``."""
@@ -118,98 +140,81 @@ class ResponseGate:
 
     async def _receive_in_body(self) -> Message:
         message = await self._raw_receive()
-        if self._phase is Phase.BODY and message.get("type") == "http.disconnect":
-            # Nobody reads the body any more. What it began is rolled back at the session's next
-            # use, or at the end; work after the body (background tasks) starts afresh.
-            self._phase = Phase.BACKGROUND
-            for scope in self._scopes:
-                scope.is_torn = not scope.is_settled()
+        if message.get("type") == "http.disconnect":
+            async with self._settling():
+                # Nobody reads the body any more: what it began is rolled back. Work after the
+                # body (background tasks) starts afresh.
+                if self._phase is Phase.BODY:
+                    self._phase = Phase.BACKGROUND
+                    for scope in self._scopes:
+                        if scope.is_in_use:
+                            scope.is_torn = True
+                        else:
+                            await self._settle(scope, Cause.TORN)
         return message
 
     async def _settle_and_send(self, message: Message, exception: BaseException | None) -> None:
-        if self._lock is None:
-            self._lock = asyncio.Lock()
-        async with self._lock:  # a message from another task of the app waits for its turn
+        async with self._settling():
             if self._failure is not None and not self._answers_failure(message):
                 raise self._failure
             try:
                 if self._phase is Phase.RESPONSE and _type_of(message) == "http.response.start":
                     await self._settle_head(message, exception)
                 elif self._phase is Phase.BODY and self._is_last(message):
-                    await self._settle(Cause.COMPLETED)
+                    await self._settle_all(Cause.COMPLETED)
             except Exception as error:
                 self._failure = error
-                self._answered_failure = False
                 raise
             self._note(message)
-            await self._raw_send(message)
+        # Outside of the lock: a client that reads slowly holds up nobody but itself.
+        await self._raw_send(message)
 
     # ---------------------------------------------------------------- settling
 
+    def _settling(self) -> asyncio.Lock:
+        """Held while a transaction is settled: other tasks' messages wait for their turn."""
+        if self._lock is None:
+            self._lock = asyncio.Lock()
+        return self._lock
+
     async def _settle_head(self, message: Message, exception: BaseException | None) -> None:
         head = self._read_head(message, exception)
-        for position, scope in enumerate(self._scopes):
-            if scope.is_settled():
-                continue
-            try:
-                ending = scope.decide(Cause.HEAD, head)
-            except Exception:
-                await self._settle_all(Ending.ROLLBACK)
-                raise
-            if ending is Ending.COMMIT and scope.options.stream == "hold":
-                continue
-            try:
-                cancellation = await scope.settle(ending)
-            except BaseException:
-                for other in self._scopes[position + 1 :]:
-                    await other.settle(Ending.ROLLBACK)
-                raise
-            if cancellation is not None:
-                # The answer stands: let it go out if it can without another wait.
-                redeliver(cancellation)
+        try:
+            for scope in self._scopes:
+                ending = None if scope.is_settled() else scope.decide(Cause.HEAD, head)
+                if ending is Ending.COMMIT and scope.options.stream == "hold":
+                    continue
+                if ending is not None:
+                    # The answer stands: let it go out if it can without another wait.
+                    redeliver(await scope.settle(ending))
+        except BaseException:
+            await self._settle_all(Cause.RAISED)
+            raise
 
-    async def _settle(self, cause: Cause) -> None:
+    async def _settle_all(self, cause: Cause) -> None:
         for scope in self._scopes:
-            if not scope.is_settled():
-                cancellation = await scope.settle(scope.decide(cause))
-                if cancellation is not None:
-                    redeliver(cancellation)
+            await self._settle(scope, cause)
 
-    async def _settle_all(self, ending: Ending) -> None:
-        for scope in self._scopes:
-            cancellation = await scope.settle(ending)
-            if cancellation is not None:
-                redeliver(cancellation)
+    async def _settle(self, scope: SessionScope[Any], cause: Cause) -> None:
+        if not scope.is_settled():
+            redeliver(await scope.settle(scope.decide(cause)))
 
-    async def _finish(self) -> None:
-        """The app has returned."""
-        cause = {
-            Phase.RESPONSE: Cause.NO_HEAD,
-            Phase.BODY: Cause.TORN,
-            Phase.BACKGROUND: Cause.COMPLETED,
-        }[self._phase]
+    async def _close(self, cause: Cause) -> asyncio.CancelledError | None:
+        """Close every scope, and return a cancellation that arrived meanwhile."""
+        cancellation: asyncio.CancelledError | None = None
         for scope in self._scopes:
             if scope.is_settled():
                 scope.close_settled()
                 continue
             try:
-                cancellation = await scope.close(scope.decide(cause))
+                cancellation = await scope.close(scope.decide(cause)) or cancellation
+            except asyncio.CancelledError as error:
+                cancellation = error
             except Exception:
                 # Raised here, after the response, it would make the server close a connection on
                 # which the client's next request may be under way already.
                 logger.exception("%s: work after the response was not committed", scope.label)
-            else:
-                if cancellation is not None:
-                    redeliver(cancellation)
-
-    async def _close(self, ending: Ending) -> None:
-        for scope in self._scopes:
-            if scope.is_settled():
-                scope.close_settled()
-                continue
-            cancellation = await scope.close(ending)
-            if cancellation is not None:
-                redeliver(cancellation)
+        return cancellation
 
     # ---------------------------------------------------------------- reading messages
 
@@ -256,10 +261,10 @@ class ResponseGate:
             return False
         if _type_of(message) == "http.response.start":
             status = message.get("status")
-            self._answered_failure = isinstance(status, int) and status >= 400  # noqa: PLR2004
-            if self._answered_failure:
+            if isinstance(status, int) and status >= 400:  # noqa: PLR2004 - an error's
                 self._failure = None
-        return self._answered_failure
+                return True
+        return False
 
     def _find_responder(self, failure: BaseException) -> ASGIApp | None:
         render = self._middleware.commit_error_response

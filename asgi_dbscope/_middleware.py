@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from asgi_dbscope import _current
 from asgi_dbscope._database import Database
@@ -130,7 +131,7 @@ class DBSessionMiddleware:
         finally:
             _current.innermost.reset(token)
             if enclosing is None:
-                del scope[KEY]
+                scope.pop(KEY, None)
             else:
                 scope[KEY] = enclosing
 
@@ -193,7 +194,7 @@ def _check_databases(
         )
         raise ConfigurationError(msg)
     if engine is not None:
-        return (Database(engine),)
+        return (_database_of(engine),)
     found = tuple(databases) if database is None else (database,)
     for each in found:
         if not isinstance(each, Database):
@@ -207,6 +208,17 @@ def _check_databases(
         msg = f"The databases of one middleware need different names; got {names}."
         raise ConfigurationError(msg)
     return found
+
+
+_databases: WeakValueDictionary[int, Database[Any]] = WeakValueDictionary()
+
+
+def _database_of(engine: AsyncEngine) -> Database[Any]:
+    """The database that *engine* stands for: the same one for every middleware that names it."""
+    known = _databases.get(id(engine))
+    if known is None:  # a database keeps its engine alive, and so the id its own
+        known = _databases[id(engine)] = Database(engine)
+    return known
 
 
 def _check_exclude(exclude: Exclude | None) -> Callable[[Scope], bool] | None:

@@ -114,6 +114,11 @@ class SessionScope(Generic[S]):
         return self._lifecycle.state is State.CLOSED
 
     @property
+    def has_session(self) -> bool:
+        """Whether there is a session to be had: not after the end, nor in a websocket."""
+        return not self.is_over and not self._is_websocket()
+
+    @property
     def is_rollback_only(self) -> bool:
         """Whether :meth:`set_rollback_only` was called."""
         return self._lifecycle.state in ROLLBACK_ONLY
@@ -184,6 +189,11 @@ class SessionScope(Generic[S]):
 
     # ---------------------------------------------------------------- the session reports
 
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a task is inside an operation of the session."""
+        return self._users > 0
+
     def check_open(self) -> None:
         """Refuse use after the end."""
         if self._lifecycle.state is State.CLOSED:
@@ -200,9 +210,19 @@ class SessionScope(Generic[S]):
             )
             raise SessionScopeClosedError(msg)
 
+    def check_registration(self) -> None:
+        """Refuse new work where it can't be right."""
+        self.check_open()
+        if self.is_stream_refused:
+            msg = (
+                f"{self!r} has stream='error': its body may not use the session. Read what it "
+                "needs before the response, or use stream='release' or stream='hold'."
+            )
+            raise StreamSessionError(msg)
+
     def check_use(self) -> None:
         """Refuse use of the session where it can't be right."""
-        self.check_open()
+        self.check_registration()
         if get_ident() != self._thread:
             msg = (
                 f"The AsyncSession of {self!r} was used in another thread than the event loop's. "
@@ -231,18 +251,9 @@ class SessionScope(Generic[S]):
             )
             raise ConcurrentSessionUseError(msg)
 
-    def enter(self, session: Session) -> None:
+    def enter(self) -> None:
         """An operation on the session begins."""
         self.check_use()
-        if self.is_stream_refused:
-            msg = (
-                f"{self!r} has stream='error': its body may not use the session. Read what it "
-                "needs before the response, or use stream='release' or stream='hold'."
-            )
-            raise StreamSessionError(msg)
-        if self.is_torn:
-            self.is_torn = False
-            session.rollback()
         self._users += 1
 
     def leave(self, session: Session) -> None:
@@ -250,11 +261,14 @@ class SessionScope(Generic[S]):
         self._users -= 1
         if self._users:
             return
-        if self._nobody_uses is not None and not self._nobody_uses.done():
-            self._nobody_uses.set_result(None)
+        if self.is_torn:
+            self.is_torn = False
+            session.rollback()
         if self._is_abandoned:
             # The scope couldn't wait any longer; the last one out puts out the light.
             session.invalidate()
+        if self._nobody_uses is not None and not self._nobody_uses.done():
+            self._nobody_uses.set_result(None)
 
     def note_commit(self) -> None:
         """COMMIT is about to be sent.
@@ -285,8 +299,6 @@ class SessionScope(Generic[S]):
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*."""
-        if self.is_torn:
-            return Ending.ROLLBACK
         options = self.options
         return decide_ending(
             cause, self.state, mode=options.mode, policy=options.commit_policy, head=head
@@ -333,6 +345,8 @@ class SessionScope(Generic[S]):
             session.sync_session.close()
 
     async def _end(self, session: AsyncSession, ending: Ending) -> None:
+        while self._ender is not None:  # a release() in another task
+            await asyncio.wait([self._ender])
         self._ender = asyncio.current_task()
         try:
             if self._users and not await self._wait_for_users():
@@ -345,9 +359,10 @@ class SessionScope(Generic[S]):
             else:
                 self._warn_of_loss(session)
                 await self._roll_back(session)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError:  # out of grace
             await self._invalidate(session)
-            raise
+            if ending is Ending.COMMIT:
+                raise
         finally:
             self._ender = None
 
@@ -417,10 +432,13 @@ class SessionScope(Generic[S]):
 
     # ---------------------------------------------------------------- the session
 
+    def _is_websocket(self) -> bool:
+        return self._asgi_scope is not None and self._asgi_scope.get("type") == "websocket"
+
     def _make_session(self) -> S:
         if self._lifecycle.state is State.CLOSED:
             self.check_open()
-        if self._asgi_scope is not None and self._asgi_scope.get("type") == "websocket":
+        if self._is_websocket():
             msg = (
                 f"{self!r}: a websocket's session is open for one message at a time, so that it "
                 "holds no connection in between. Use `async with db.session_scope() as session:`."

@@ -45,7 +45,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "scope": None,
         "__module__": base.__module__,
         "get_bind": _shaping(base.get_bind),
-        "begin": _beginning(base.begin),
+        "begin": _reporting(_beginning(base.begin)),
         "close": _closing(base.close),
     }
     for name in STATEMENTS:
@@ -81,10 +81,9 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(begin)
     def beginning(self: Any, nested: bool = False) -> Any:
         scope = self.scope
-        if scope is not None:
+        if scope is not None and scope.options.mode == "autocommit":
             scope.check_use()
-            if scope.options.mode == "autocommit":
-                _leave_autocommit(self, nested=nested)
+            _leave_autocommit(self, nested=nested)
         return begin(self, nested=nested)
 
     return beginning
@@ -106,7 +105,7 @@ def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
         scope = self.scope
         if scope is None:
             return method(self, *args, **kwargs)
-        scope.enter(self)
+        scope.enter()
         try:
             return method(self, *args, **kwargs)
         finally:
@@ -121,7 +120,7 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
         scope = self.scope
         if scope is None:
             return method(self, statement, *args, **kwargs)
-        scope.enter(self)
+        scope.enter()
         if not getattr(statement, "is_select", False):
             scope.has_written = True
         try:
@@ -136,7 +135,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.scope is not None:
-            self.scope.check_open()
+            self.scope.check_registration()
             self.scope.has_written = True
         return method(self, *args, **kwargs)
 
