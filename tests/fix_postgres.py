@@ -187,6 +187,8 @@ class NamedServer:
 
 Server = WheelServer | NamedServer
 _SERVER = pytest.StashKey[Server]()
+_TELLTALES = ("asyncpg", "postgres", "psycopg")
+"""Of the name of a fixture, or of a parameter, of a test that uses PostgreSQL."""
 _WORKER_INPUT = "dbscope_postgres"
 _UNAVAILABLE = (PostgresUnavailable, ImportError, OSError, sa.exc.SQLAlchemyError)
 
@@ -228,9 +230,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test that uses PostgreSQL, so that `-m "not postgres"` leaves them out."""
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if "postgres_url" in getattr(item, "fixturenames", ()) or any(
-            isinstance(value, str) and value.startswith("postgres") for value in parameters.values()
-        ):
+        told = [*getattr(item, "fixturenames", ()), *map(str, parameters.values())]
+        if any(word in each for each in told for word in _TELLTALES):
             item.add_marker("postgres")
 
 
