@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.util import ScopedRegistry
 
-from asgi_dbscope import _current
+from asgi_dbscope import _current, _dialects
 from asgi_dbscope._blocks import SessionHandle, SessionScopeBlock, looks_like_coroutine_function
 from asgi_dbscope._factory import make_engine, reporting_factory
 from asgi_dbscope._options import ScopeOptions
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from asgi_dbscope._policy import Mode
     from asgi_dbscope._scope import SessionScope
+    from asgi_dbscope._use import SessionUse
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -155,7 +156,7 @@ class Database(Generic[S]):
             Exception: What the database said to COMMIT; the transaction is rolled back by then.
         """
         scope = self.scope
-        scope.check_use()
+        scope.check_open()
         cancellation = await scope.settle(scope.decide(Cause.RELEASED))
         if cancellation is not None:
             raise cancellation
@@ -189,10 +190,10 @@ class Database(Generic[S]):
 
     # ---------------------------------------------------------------- for the scope
 
-    def make_session(self, scope: SessionScope[S]) -> S:
-        """A new session that reports to *scope*."""
+    def make_session(self, use: SessionUse) -> S:
+        """A new session that reports to *use*."""
         session = self.session_factory()
-        session.sync_session.scope = scope  # type: ignore[attr-defined]
+        session.sync_session.use = use  # type: ignore[attr-defined]
         return session
 
     def shaped_engine(self, engine: Engine, execution_options: dict[str, Any]) -> Engine:
@@ -200,6 +201,7 @@ class Database(Generic[S]):
         key = (engine, tuple(execution_options.items()))
         shaped = self._shaped_engines.get(key)
         if shaped is None:
+            _dialects.check_isolation_level(engine, execution_options.get("isolation_level"))
             shaped = self._shaped_engines[key] = shape_engine(engine, execution_options)
         return shaped
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
@@ -45,6 +45,26 @@ def begin_options(
     if read_only and dialect in POSTGRESQL:
         options["postgresql_readonly"] = True  # part of BEGIN, and taken back at checkin
     return options
+
+
+def check_isolation_level(engine: Engine, isolation_level: str | None) -> None:
+    """Refuse a level that the database doesn't have, before a connection is taken for it.
+
+    Raises:
+        ConfigurationError: If it doesn't.
+    """
+    if isolation_level is None:
+        return
+    try:
+        levels = engine.dialect.get_isolation_level_values(cast("DBAPIConnection", None))
+    except NotImplementedError:
+        return
+    if isolation_level.replace("_", " ").upper() not in levels:
+        msg = (
+            f"isolation_level={isolation_level!r} is none of {engine.dialect.name}'s: "
+            f"{', '.join(levels)}."
+        )
+        raise ConfigurationError(msg)
 
 
 def enforce_read_only(connection: Connection) -> None:

@@ -147,10 +147,7 @@ class ResponseGate:
                 if self._phase is Phase.BODY:
                     self._phase = Phase.BACKGROUND
                     for scope in self._scopes:
-                        if scope.is_in_use:
-                            scope.is_torn = True
-                        else:
-                            await self._settle(scope, Cause.TORN)
+                        await scope.abandon_body()
         return message
 
     async def _settle_and_send(self, message: Message, exception: BaseException | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from threading import Lock, get_ident
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -13,20 +13,17 @@ from asgi_dbscope._completion import run_to_completion
 from asgi_dbscope._lifecycle import OPEN, ROLLBACK_ONLY, Event, Lifecycle, Outcome, State
 from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
 from asgi_dbscope._policy import Cause, Ending, decide_ending
+from asgi_dbscope._use import SessionUse
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     ConfigurationError,
-    EventLoopMismatchError,
     LateOptionsError,
     RollbackOnlyError,
     SessionScopeClosedError,
-    StreamSessionError,
     WebSocketSessionError,
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
-
     from asgi_dbscope._asgi import ResponseHead, Scope
     from asgi_dbscope._database import Database
 
@@ -50,24 +47,19 @@ class SessionScope(Generic[S]):
         outer: The scope around it, of the same or another database.
 
         options: How it treats its transactions.
+
+        loop: The event loop it was opened in; ``None`` outside of asyncio.
     """
 
     __slots__ = (
         "__weakref__",
         "_asgi_scope",
-        "_ender",
-        "_is_abandoned",
         "_lifecycle",
-        "_loop",
-        "_nobody_uses",
         "_session",
-        "_thread",
-        "_users",
+        "_use",
         "database",
-        "has_written",
-        "is_session_closed",
         "is_stream_refused",
-        "is_torn",
+        "loop",
         "options",
         "outer",
     )
@@ -82,19 +74,12 @@ class SessionScope(Generic[S]):
         self.database = database
         self.outer = outer
         self.options = options
-        self.has_written = False
-        self.is_session_closed = False
+        self.loop = _running_loop()
         self.is_stream_refused = False
-        self.is_torn = False
         self._asgi_scope = asgi_scope
         self._lifecycle = Lifecycle()
         self._session: S | None = None
-        self._thread = get_ident()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._users = 0
-        self._ender: asyncio.Task[Any] | None = None
-        self._nobody_uses: asyncio.Future[None] | None = None
-        self._is_abandoned = False
+        self._use: SessionUse | None = None
 
     # ---------------------------------------------------------------- what users see
 
@@ -187,13 +172,6 @@ class SessionScope(Generic[S]):
             raise LateOptionsError(msg)
         self.options = options
 
-    # ---------------------------------------------------------------- the session reports
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether a task is inside an operation of the session."""
-        return self._users > 0
-
     def check_open(self) -> None:
         """Refuse use after the end."""
         if self._lifecycle.state is State.CLOSED:
@@ -202,73 +180,8 @@ class SessionScope(Generic[S]):
                 "needs a scope of its own: `async with db.session_scope() as session:`."
             )
             raise SessionScopeClosedError(msg)
-        if self.is_session_closed:
-            msg = (
-                f"The session of {self!r} was closed by hand (session.close(), or the end of "
-                "`async with session:`), or its connection had to be thrown away. The scope closes "
-                "it by itself; to give the connection back early use `await db.release()`."
-            )
-            raise SessionScopeClosedError(msg)
 
-    def check_registration(self) -> None:
-        """Refuse new work where it can't be right."""
-        self.check_open()
-        if self.is_stream_refused:
-            msg = (
-                f"{self!r} has stream='error': its body may not use the session. Read what it "
-                "needs before the response, or use stream='release' or stream='hold'."
-            )
-            raise StreamSessionError(msg)
-
-    def check_use(self) -> None:
-        """Refuse use of the session where it can't be right."""
-        self.check_registration()
-        if get_ident() != self._thread:
-            msg = (
-                f"The AsyncSession of {self!r} was used in another thread than the event loop's. "
-                "From a worker thread (a `def` endpoint) call back into the loop: "
-                "`anyio.from_thread.run(session.execute, statement)`."
-            )
-            raise EventLoopMismatchError(msg)
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            msg = f"The AsyncSession of {self!r} needs a running asyncio event loop; there is none."
-            raise EventLoopMismatchError(msg) from None
-        if loop is not self._loop:
-            if self._loop is not None:
-                msg = (
-                    f"{self!r} belongs to another event loop. Open a scope in the loop of its use."
-                )
-                raise EventLoopMismatchError(msg)
-            self._loop = loop
-        if self._ender is not None and asyncio.current_task() is not self._ender:
-            msg = (
-                f"{self!r} is ending its transaction, and task "
-                f"{_task_name()} used its session at the same time. Await the work of child tasks "
-                "before the response is sent, or give them a session of their own: "
-                "`async with db.session_scope() as session:`."
-            )
-            raise ConcurrentSessionUseError(msg)
-
-    def enter(self) -> None:
-        """An operation on the session begins."""
-        self.check_use()
-        self._users += 1
-
-    def leave(self, session: Session) -> None:
-        """An operation on the session has ended."""
-        self._users -= 1
-        if self._users:
-            return
-        if self.is_torn:
-            self.is_torn = False
-            session.rollback()
-        if self._is_abandoned:
-            # The scope couldn't wait any longer; the last one out puts out the light.
-            session.invalidate()
-        if self._nobody_uses is not None and not self._nobody_uses.done():
-            self._nobody_uses.set_result(None)
+    # ---------------------------------------------------------------- what the database reports
 
     def note_commit(self) -> None:
         """COMMIT is about to be sent.
@@ -315,12 +228,23 @@ class SessionScope(Generic[S]):
             ConcurrentSessionUseError: If another task went on using the session, so that COMMIT
                 could not be sent.
         """
-        session = self._session
-        if session is None or not session.sync_session.in_transaction():
+        session, use = self._session, self._use
+        if session is None or use is None or not session.sync_session.in_transaction():
             return None
         return await run_to_completion(
-            self._end(session, ending), grace=self.database.cleanup_timeout
+            self._end(session, use, ending), grace=self.database.cleanup_timeout
         )
+
+    async def abandon_body(self) -> None:
+        """Roll back what a body began that nobody reads any more.
+
+        A statement that is under way is about to be cancelled by the framework, and isn't waited
+        for: the rollback follows it.
+        """
+        if self._use is not None and self._use.is_busy:
+            self._use.is_torn = True
+        elif not self.is_settled():
+            await self.settle(Ending.ROLLBACK)
 
     async def close(self, ending: Ending) -> asyncio.CancelledError | None:
         """End what is open and the session with it. Nothing can be done with the scope after.
@@ -336,41 +260,39 @@ class SessionScope(Generic[S]):
     def close_settled(self) -> None:
         """Close a scope whose transaction is over: no I/O, so nothing to wait for."""
         session, self._session = self._session, None
+        use, self._use = self._use, None
         if self._lifecycle.state in OPEN:
             # Abandoned: whoever still has the connection throws it away; the server rolls back.
             self.advance(Event.ROLLED_BACK)
-        if self._lifecycle.state is not State.CLOSED:
-            self.advance(Event.CLOSED)
-        if session is not None and not self._is_abandoned:
+        self.advance(Event.CLOSED)
+        if session is not None and use is not None and not use.is_abandoned:
             session.sync_session.close()
 
-    async def _end(self, session: AsyncSession, ending: Ending) -> None:
-        while self._ender is not None:  # a release() in another task
-            await asyncio.wait([self._ender])
-        self._ender = asyncio.current_task()
+    async def _end(self, session: AsyncSession, use: SessionUse, ending: Ending) -> None:
+        timeout = self.database.cleanup_timeout
+        await use.begin_ending()
         try:
-            if self._users and not await self._wait_for_users():
-                await self._invalidate(session)
+            if use.is_busy and not await use.wait_until_free(timeout):
+                await self._invalidate(session, use)
                 if ending is Ending.COMMIT:
-                    raise ConcurrentSessionUseError(self._busy_message())
-                return
-            if ending is Ending.COMMIT:
-                await self._commit(session)
+                    raise ConcurrentSessionUseError(use.busy_message(timeout))
+            elif ending is Ending.COMMIT:
+                await self._commit(session, use)
             else:
-                self._warn_of_loss(session)
-                await self._roll_back(session)
+                self._warn_of_loss(session, use)
+                await self._roll_back(session, use)
         except asyncio.CancelledError:  # out of grace
-            await self._invalidate(session)
+            await self._invalidate(session, use)
             if ending is Ending.COMMIT:
                 raise
         finally:
-            self._ender = None
+            use.ender = None
 
-    async def _commit(self, session: AsyncSession) -> None:
+    async def _commit(self, session: AsyncSession, use: SessionUse) -> None:
         try:
             await session.commit()
         except BaseException as error:
-            await self._roll_back(session)
+            await self._roll_back(session, use)
             became = (
                 "may or may not have been committed: the connection was lost during COMMIT"
                 if self.outcome is Outcome.IN_DOUBT
@@ -379,7 +301,7 @@ class SessionScope(Generic[S]):
             error.add_note(f"asgi_dbscope: the transaction of {self.label} {became}.")
             raise
 
-    async def _roll_back(self, session: AsyncSession) -> None:
+    async def _roll_back(self, session: AsyncSession, use: SessionUse) -> None:
         """Roll back quietly: whatever goes wrong here must not hide why we roll back."""
         try:
             async with asyncio.timeout(self.database.cleanup_timeout):
@@ -388,43 +310,20 @@ class SessionScope(Generic[S]):
             logger.warning(
                 "%s: ROLLBACK failed; the connection is thrown away", self.label, exc_info=True
             )
-            await self._invalidate(session)
+            await self._invalidate(session, use)
 
-    async def _invalidate(self, session: AsyncSession) -> None:
-        self.is_session_closed = True
+    async def _invalidate(self, session: AsyncSession, use: SessionUse) -> None:
+        use.is_closed = True
         try:
             await session.invalidate()
         except Exception:  # noqa: BLE001 - SQLAlchemy refuses while another task is connecting
-            self._is_abandoned = True
-            logger.warning(
-                "%s: its session is still in use; the connection will be thrown away after",
-                self.label,
-            )
+            use.is_abandoned = True
+            logger.warning("%s: the connection will be thrown away when it is free", self.label)
 
-    async def _wait_for_users(self) -> bool:
-        """Wait for other tasks to come out of the session; ``False`` if they don't in time."""
-        self._nobody_uses = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(self.database.cleanup_timeout):
-                await self._nobody_uses
-        except TimeoutError:
-            logger.warning("%s", self._busy_message())
-            return False
-        finally:
-            self._nobody_uses = None
-        return True
-
-    def _busy_message(self) -> str:
-        return (
-            f"{self!r} ends, and after {self.database.cleanup_timeout} seconds (cleanup_timeout) "
-            "another task is still running a statement on its session. Its connection is thrown "
-            "away and nothing is committed. Await child tasks before the response is sent."
-        )
-
-    def _warn_of_loss(self, session: AsyncSession) -> None:
+    def _warn_of_loss(self, session: AsyncSession, use: SessionUse) -> None:
         if self.options.mode != "manual":
             return
-        if self.has_written or session.new or session.dirty or session.deleted:
+        if use.has_written or session.new or session.dirty or session.deleted:
             logger.warning(
                 "%s: mode is 'manual' and nobody committed: open changes are rolled back",
                 self.label,
@@ -436,8 +335,7 @@ class SessionScope(Generic[S]):
         return self._asgi_scope is not None and self._asgi_scope.get("type") == "websocket"
 
     def _make_session(self) -> S:
-        if self._lifecycle.state is State.CLOSED:
-            self.check_open()
+        self.check_open()
         if self._is_websocket():
             msg = (
                 f"{self!r}: a websocket's session is open for one message at a time, so that it "
@@ -446,10 +344,13 @@ class SessionScope(Generic[S]):
             raise WebSocketSessionError(msg)
         with _creation:
             if self._session is None:
-                self._session = self.database.make_session(self)
+                self._use = SessionUse(self)
+                self._session = self.database.make_session(self._use)
             return self._session
 
 
-def _task_name() -> str:
-    task = asyncio.current_task()
-    return "(none)" if task is None else repr(task.get_name())
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:  # an app under Trio, which does well as long as it uses no session
+        return None

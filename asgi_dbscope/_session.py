@@ -1,7 +1,7 @@
 """What SQLAlchemy tells us: a session class that reports its use, and an engine that is watched.
 
-Everything here reports facts to the session's scope, or guards a connection; it decides nothing.
-The listeners are registered once per session class and once per engine, not per request.
+Everything here reports facts to the session's use and scope, or guards a connection; it decides
+nothing. The listeners are registered once per session class and once per engine, not per request.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, event
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.pool import ConnectionPoolEntry
 
     from asgi_dbscope._scope import SessionScope
+    from asgi_dbscope._use import SessionUse
 
 STATEMENTS = ("execute", "scalar", "scalars")
 OPERATIONS = (
@@ -37,12 +40,12 @@ REGISTRATIONS = ("add", "delete")
 
 
 def reporting_session_class(base: type[Session]) -> type[Session]:
-    """A subclass of *base* whose sessions report what they do to their ``scope`` attribute."""
+    """A subclass of *base* whose sessions report what they do to their ``use`` attribute."""
     known = _reporting_classes.get(base)
     if known is not None:
         return known
     namespace: dict[str, Any] = {
-        "scope": None,
+        "use": None,
         "__module__": base.__module__,
         "get_bind": _shaping(base.get_bind),
         "begin": _reporting(_beginning(base.begin)),
@@ -69,10 +72,10 @@ def _shaping(get_bind: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(get_bind)
     def shaping(self: Any, *args: Any, **kwargs: Any) -> Engine | Connection:
         bind: Engine | Connection = get_bind(self, *args, **kwargs)
-        scope = self.scope
-        if scope is None or scope.options.shapes_nothing:
+        use = self.use
+        if use is None or use.scope.options.shapes_nothing:
             return bind
-        return _shaped_bind(scope, self, bind)
+        return _shaped_bind(use.scope, self, bind)
 
     return shaping
 
@@ -80,9 +83,8 @@ def _shaping(get_bind: Callable[..., Any]) -> Callable[..., Any]:
 def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(begin)
     def beginning(self: Any, nested: bool = False) -> Any:
-        scope = self.scope
-        if scope is not None and scope.options.mode == "autocommit":
-            scope.check_use()
+        use = self.use
+        if use is not None and use.scope.options.mode == "autocommit":
             _leave_autocommit(self, nested=nested)
         return begin(self, nested=nested)
 
@@ -92,8 +94,8 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
 def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(close)
     def closing(self: Any) -> None:
-        if self.scope is not None:
-            self.scope.is_session_closed = True
+        if self.use is not None:
+            self.use.is_closed = True
         close(self)
 
     return closing
@@ -102,44 +104,56 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
 def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def reporting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = self.scope
-        if scope is None:
+        use = self.use
+        if use is None:
             return method(self, *args, **kwargs)
-        scope.enter()
+        use.enter()
         try:
             return method(self, *args, **kwargs)
+        except _NO_CONNECTION as error:
+            _explain(use, error)
+            raise
         finally:
-            scope.leave(self)
+            use.leave(self)
 
     return reporting
 
 
 def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def reporting(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        scope = self.scope
-        if scope is None:
-            return method(self, statement, *args, **kwargs)
-        scope.enter()
-        if not getattr(statement, "is_select", False):
-            scope.has_written = True
-        try:
-            return method(self, statement, *args, **kwargs)
-        finally:
-            scope.leave(self)
+    reporting = _reporting(method)
 
-    return reporting
+    @wraps(method)
+    def reporting_statement(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
+        use = self.use
+        if use is not None and not getattr(statement, "is_select", False):
+            use.has_written = True
+        return reporting(self, statement, *args, **kwargs)
+
+    return reporting_statement
 
 
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.scope is not None:
-            self.scope.check_registration()
-            self.scope.has_written = True
+        if self.use is not None:
+            self.use.check_registration()
+            self.use.has_written = True
         return method(self, *args, **kwargs)
 
     return checked
+
+
+_NO_CONNECTION = (OSError, DBAPIError, PoolTimeoutError)
+
+
+def _explain(use: SessionUse, error: BaseException) -> None:
+    """Tell whoever reads *error* that it is the connection that failed, where it is."""
+    scope = use.scope
+    if scope.state not in OPEN and not getattr(error, "__notes__", None):
+        error.add_note(
+            f"asgi_dbscope: {scope.label} got no connection to the database {scope.database.name!r}"
+            "; no transaction was begun."
+        )
 
 
 def _shaped_bind(
@@ -187,9 +201,10 @@ def _leave_autocommit(session: Session, *, nested: bool) -> None:
 
 
 def _after_begin(session: Any, transaction: SessionTransaction, connection: Connection) -> None:
-    scope: SessionScope[Any] | None = session.scope
-    if scope is None or transaction.parent is not None:
+    use: SessionUse | None = session.use
+    if use is None or transaction.parent is not None:
         return
+    scope = use.scope
     scope.check_open()
     watch_engine(connection.engine)
     _watched[connection] = _Watch(scope)
@@ -199,16 +214,16 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
 
 
 def _after_commit(session: Any) -> None:
-    scope: SessionScope[Any] | None = session.scope
+    use: SessionUse | None = session.use
     is_root = not session.in_nested_transaction()
-    if scope is not None and is_root and scope.state is State.COMMITTING:
-        scope.advance(Event.COMMITTED)
+    if use is not None and is_root and use.scope.state is State.COMMITTING:
+        use.scope.advance(Event.COMMITTED)
 
 
 def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
-    scope: SessionScope[Any] | None = session.scope
-    if scope is not None and transaction.parent is None and scope.state in OPEN:
-        scope.advance(Event.ROLLED_BACK)
+    use: SessionUse | None = session.use
+    if use is not None and transaction.parent is None and use.scope.state in OPEN:
+        use.scope.advance(Event.ROLLED_BACK)
 
 
 # --------------------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""Who is inside a session: in which loop, how many at once, and what the last one out has to do."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
+    EventLoopMismatchError,
+    SessionScopeClosedError,
+    StreamSessionError,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from asgi_dbscope._scope import SessionScope
+
+logger = logging.getLogger("asgi_dbscope")
+
+
+class SessionUse:
+    """The use of one scope's session, reported by the session at each operation's ends.
+
+    Attributes:
+        scope: The session's scope.
+
+        ender: The task that is ending the session's transaction now; nobody else may use it.
+
+        has_written: Whether something other than a SELECT was asked of the session.
+
+        is_closed: Whether the session was closed before its scope ended.
+
+        is_torn: Whether the transaction is to be rolled back when the session is free: the client
+            of a streaming body has left.
+
+        is_abandoned: Whether the scope gave up waiting for the session to be free; the last one
+            out throws the connection away.
+    """
+
+    __slots__ = (
+        "_becomes_free",
+        "_users",
+        "ender",
+        "has_written",
+        "is_abandoned",
+        "is_closed",
+        "is_torn",
+        "scope",
+    )
+
+    def __init__(self, scope: SessionScope[Any]) -> None:
+        self.scope = scope
+        self.ender: asyncio.Task[Any] | None = None
+        self.has_written = False
+        self.is_closed = False
+        self.is_torn = False
+        self.is_abandoned = False
+        self._users = 0
+        self._becomes_free: asyncio.Future[None] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a task is inside an operation of the session."""
+        return self._users > 0
+
+    def check_registration(self) -> None:
+        """Refuse objects that would come too late to be written."""
+        scope = self.scope
+        scope.check_open()
+        if self.is_closed:
+            msg = (
+                f"The session of {scope!r} was closed by hand (session.close(), or the end of "
+                "`async with session:`), or its connection had to be thrown away. The scope "
+                "closes it by itself; to give the connection back early use `await db.release()`."
+            )
+            raise SessionScopeClosedError(msg)
+        if scope.is_stream_refused:
+            msg = (
+                f"{scope!r} has stream='error': its body may not use the session. Read what it "
+                "needs before the response, or use stream='release' or stream='hold'."
+            )
+            raise StreamSessionError(msg)
+
+    def check(self) -> None:
+        """Refuse an operation where it can't be right."""
+        self.check_registration()
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is None or loop is not self.scope.loop:
+            msg = (
+                f"The AsyncSession of {self.scope!r} was used outside of the asyncio event loop "
+                "that its scope was opened in. From a worker thread (a `def` endpoint) call back "
+                "into the loop: `anyio.from_thread.run(session.execute, statement)`. In another "
+                "loop open a scope of its own: `async with db.session_scope() as session:`."
+            )
+            raise EventLoopMismatchError(msg)
+        if self.ender is not None and self.ender is not asyncio.current_task():
+            task = asyncio.current_task()
+            msg = (
+                f"{self.scope!r} is ending its transaction, and task "
+                f"{None if task is None else task.get_name()!r} used its session at the same "
+                "time. Await the work of child tasks before the response is sent, or give them a "
+                "session of their own: `async with db.session_scope() as session:`."
+            )
+            raise ConcurrentSessionUseError(msg)
+
+    def enter(self) -> None:
+        """An operation begins."""
+        self.check()
+        self._users += 1
+
+    def leave(self, session: Session) -> None:
+        """An operation has ended; the last one out clears up what it was told to."""
+        self._users -= 1
+        if self._users:
+            return
+        if self.is_torn:
+            self.is_torn = False
+            session.rollback()
+        if self.is_abandoned:
+            session.invalidate()
+        if self._becomes_free is not None and not self._becomes_free.done():
+            self._becomes_free.set_result(None)
+
+    async def begin_ending(self) -> None:
+        """Let nobody but this task in; after a ``release()`` of another task, if there is one."""
+        while self.ender is not None:
+            await asyncio.wait([self.ender])
+        self.ender = asyncio.current_task()
+
+    async def wait_until_free(self, timeout: float) -> bool:  # noqa: ASYNC109 - the answer is False, not an error
+        """Wait for other tasks to come out of the session, *timeout* seconds at most."""
+        self._becomes_free = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._becomes_free
+        except TimeoutError:
+            logger.warning("%s", self.busy_message(timeout))
+            return False
+        finally:
+            self._becomes_free = None
+        return True
+
+    def busy_message(self, timeout: float) -> str:
+        """What to tell a user whose child task holds up the end."""
+        return (
+            f"{self.scope!r} ends, and after {timeout} seconds (cleanup_timeout) another task is "
+            "still running a statement on its session. Its connection is thrown away and nothing "
+            "is committed. Await child tasks before the response is sent."
+        )
