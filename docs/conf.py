@@ -1,6 +1,7 @@
 """Configuration of the documentation: Sphinx, furo, MyST."""
 
 import importlib.metadata
+from typing import Any
 
 project = "asgi-dbscope"
 author = "The asgi-dbscope authors"
@@ -34,6 +35,29 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(anyio|asyncio|collections|contextlib|datetime|sqlalchemy|types|typing)\..*"),
     # The same, and builtins, as autodoc prints them; type variables.
     (r"py:.*", r"(?!asgi_dbscope)[A-Z]\w*"),
+    (r"py:.*", r"(async_)?sessionmaker"),
     (r"py:.*", r"bool|bytes|dict|float|int|list|object|str|tuple|type|optional"),
-    (r"py:(class|obj)", r"asgi_dbscope\.(.*\.)?_?[A-Z]"),
+    # Signatures name the private module that a public name comes from.
+    (r"py:.*", r"asgi_dbscope\._.*"),
 ]
+
+
+# Napoleon takes what stands before a colon in an attribute's docstring for its type.
+_docstrings: dict[str, list[str]] = {}
+
+
+def keep_docstring(app: Any, what: str, name: str, *rest: Any) -> None:
+    """Before napoleon: remember the docstring of an attribute."""
+    if what in {"attribute", "data", "property"}:
+        _docstrings[name] = [*rest[-1]]
+
+
+def restore_docstring(app: Any, what: str, name: str, *rest: Any) -> None:
+    """After napoleon: put the docstring of an attribute back."""
+    rest[-1][:] = _docstrings.pop(name, rest[-1])
+
+
+def setup(app: Any) -> None:
+    """Run around napoleon, whose priority is 500."""
+    app.connect("autodoc-process-docstring", keep_docstring, priority=400)
+    app.connect("autodoc-process-docstring", restore_docstring, priority=600)
