@@ -54,7 +54,8 @@ def current_scope(name: str | None = None) -> SessionScope[Any]:
         names = ", ".join(sorted(repr(each.database.name) for each in found.values()))
         msg = (
             f"Several databases have a session scope here: {names}. Name one, as in "
-            "current_session('reports'), or use the Database object: db.session."
+            "current_session('reports'), or use the Database object: db.session. A name is given "
+            "with Database(engine, name='reports')."
         )
         raise AmbiguousDatabaseError(msg)
     raise NoSessionScopeError(no_scope_message(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from sqlalchemy import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -20,15 +20,20 @@ from asgi_dbscope.errors import ConfigurationError
 
 def make_engine(url: URL | str) -> AsyncEngine:
     try:
-        return create_async_engine(make_url(url))
+        parsed = make_url(url)
     except ArgumentError as error:
         msg = (
             "The database's URL can't be read; it looks like "
             "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'."
         )
         raise ConfigurationError(msg) from error
-    except Exception as error:
-        msg = f"No asynchronous engine can be made from this URL: {error}"
+    try:
+        return create_async_engine(parsed)
+    except (SQLAlchemyError, ImportError) as error:
+        msg = (
+            f"No asynchronous engine can be made from this URL ({parsed.drivername}): {error}. Is the "
+            "driver installed, and one for asyncio, such as asyncpg, psycopg or aiosqlite?"
+        )
         raise ConfigurationError(msg) from error
 
 

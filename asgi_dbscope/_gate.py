@@ -177,11 +177,15 @@ class ResponseGate:
     async def _settle_head(self, message: Message, exception: BaseException | None) -> None:
         head = self._read_head(message, exception)
         try:
-            for scope in self._scopes:
-                ending = None if scope.is_settled() else scope.decide(Cause.HEAD, head)
-                if ending is Ending.COMMIT and scope.options.stream == "hold":
-                    continue
-                if ending is not None:
+            # Every decision before the first COMMIT, and rollbacks before commits.
+            endings = [
+                (scope, scope.decide(Cause.HEAD, head))
+                for scope in self._scopes
+                if not scope.is_settled()
+            ]
+            endings.sort(key=lambda each: each[1] is Ending.COMMIT)
+            for scope, ending in endings:
+                if ending is Ending.ROLLBACK or scope.options.stream != "hold":
                     # The answer stands: let it go out if it can without another wait.
                     redeliver(await scope.settle(ending))
         except BaseException:

@@ -6,7 +6,7 @@ A request's way goes on in ``_gate``.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 from asgi_dbscope import _current
@@ -195,6 +195,9 @@ def _check_databases(
         raise ConfigurationError(msg)
     if engine is not None:
         return (_database_of(engine),)
+    if database is None and not isinstance(databases, (list, tuple)):
+        msg = f"databases= takes a list or tuple of Database objects; got {databases!r}."
+        raise ConfigurationError(msg)
     found = tuple(databases) if database is None else (database,)
     for each in found:
         if not isinstance(each, Database):
@@ -226,7 +229,10 @@ def _check_exclude(exclude: Exclude | None) -> Callable[[Scope], bool] | None:
         return None
     if callable(exclude):
         return exclude
-    patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    try:
+        patterns = [exclude] if isinstance(exclude, str) else list(exclude)
+    except TypeError:
+        patterns = [cast("str", exclude)]
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.startswith("/"):
             msg = (

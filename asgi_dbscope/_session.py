@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import Engine, event
+from sqlalchemy.engine.base import OptionEngine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
@@ -92,11 +93,14 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
+    reporting = _reporting(close)
+
     @wraps(close)
     def closing(self: Any) -> None:
+        # With nothing to roll back there is no I/O, and it may be closed from anywhere.
+        (reporting if self.in_transaction() else close)(self)
         if self.use is not None:
             self.use.is_closed = True
-        close(self)
 
     return closing
 
@@ -256,9 +260,29 @@ _watched_engines: WeakSet[Engine] = WeakSet()
 def shape_engine(engine: Engine, execution_options: dict[str, Any]) -> Engine:
     """A variant of *engine* over the same pool, which hears of events through *engine*."""
     watch_engine(engine)
-    variant = engine.execution_options(**execution_options)
+    variant = _ShapedEngine(engine, {})
+    variant.shape = execution_options
     _watched_engines.add(variant)
     return variant
+
+
+class _ShapedEngine(OptionEngine):
+    """What ``Engine.execution_options()`` makes, but it gives the connection back on failure.
+
+    SQLAlchemy applies such options in an event of the connection's making: where that fails or is
+    cancelled there, nobody closes the connection.
+    """
+
+    shape: dict[str, Any]
+
+    def connect(self) -> Connection:
+        connection = super().connect()
+        try:
+            return connection.execution_options(**self.shape)
+        except BaseException:
+            connection.invalidate()  # how much of it was applied is not known
+            connection.close()
+            raise
 
 
 def watch_engine(engine: Engine) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from anyio import to_thread
 from starlette._utils import is_async_callable
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 if TYPE_CHECKING:
@@ -19,8 +20,14 @@ def find_responder(scope: Scope, failure: BaseException) -> ASGIApp | None:
     Starlette itself, *failure* would meet a response that it takes for started, and become a
     ``RuntimeError``.
     """
-    handlers: dict[Any, Any] = scope["starlette.exception_handlers"][0]
-    handler = next((handlers[cls] for cls in type(failure).__mro__ if cls in handlers), None)
+    handlers: dict[Any, Any]
+    status_handlers: dict[int, Any]
+    handlers, status_handlers = scope["starlette.exception_handlers"]
+    handler = None
+    if isinstance(failure, HTTPException):
+        handler = status_handlers.get(failure.status_code)
+    if handler is None:
+        handler = next((handlers[cls] for cls in type(failure).__mro__ if cls in handlers), None)
     if handler is None:
         return None
 
@@ -30,6 +37,7 @@ def find_responder(scope: Scope, failure: BaseException) -> ASGIApp | None:
             response = await handler(request, failure)
         else:
             response = await to_thread.run_sync(handler, request, failure)
-        await response(scope, receive, send)
+        if response is not None:
+            await response(scope, receive, send)
 
     return respond
