@@ -15,10 +15,10 @@ from sqlalchemy.util import ScopedRegistry
 
 from asgi_dbscope import _current, _dialects
 from asgi_dbscope._blocks import SessionHandle, SessionScopeBlock, looks_like_coroutine_function
+from asgi_dbscope._engine import shape_engine
 from asgi_dbscope._factory import make_engine, reporting_factory
 from asgi_dbscope._options import ScopeOptions
 from asgi_dbscope._policy import Cause
-from asgi_dbscope._session import shape_engine
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
 if TYPE_CHECKING:

@@ -31,8 +31,8 @@ def make_engine(url: URL | str) -> AsyncEngine:
         return create_async_engine(parsed)
     except (SQLAlchemyError, ImportError) as error:
         msg = (
-            f"No asynchronous engine can be made from this URL ({parsed.drivername}): {error}. Is the "
-            "driver installed, and one for asyncio, such as asyncpg, psycopg or aiosqlite?"
+            f"No asynchronous engine can be made from this URL ({parsed.drivername}): {error}. Is "
+            "the driver installed, and one for asyncio, such as asyncpg, psycopg or aiosqlite?"
         )
         raise ConfigurationError(msg) from error
 

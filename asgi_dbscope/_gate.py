@@ -16,11 +16,12 @@ from asgi_dbscope._completion import redeliver
 from asgi_dbscope._policy import Cause, Ending
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from asgi_dbscope._asgi import ASGIApp, Message, Receive, Scope, Send
-    from asgi_dbscope._middleware import DBSessionMiddleware
     from asgi_dbscope._scope import SessionScope
+
+    CommitErrorResponse = Callable[[Scope, BaseException], ASGIApp | None]
 
 logger = logging.getLogger("asgi_dbscope")
 
@@ -46,10 +47,11 @@ class ResponseGate:
 
     __slots__ = (
         "_asgi_scope",
+        "_commit_error_response",
         "_failure",
         "_has_trailers",
+        "_hides_exceptions",
         "_lock",
-        "_middleware",
         "_outer_exception",
         "_phase",
         "_raw_receive",
@@ -59,13 +61,16 @@ class ResponseGate:
 
     def __init__(
         self,
-        middleware: DBSessionMiddleware,
         scopes: list[SessionScope[Any]],
         asgi_scope: Scope,
         receive: Receive,
         send: Send,
+        *,
+        hides_exceptions: Callable[[], bool],
+        commit_error_response: CommitErrorResponse | None,
     ) -> None:
-        self._middleware = middleware
+        self._hides_exceptions = hides_exceptions
+        self._commit_error_response = commit_error_response
         self._scopes = scopes
         self._asgi_scope = asgi_scope
         self._raw_receive = receive
@@ -249,7 +254,7 @@ class ResponseGate:
         if exception is self._outer_exception:
             exception = None
         is_raised = exception is not None or (
-            400 <= status < 500 and self._middleware.hides_exceptions()  # noqa: PLR2004 - a 4xx
+            400 <= status < 500 and self._hides_exceptions()  # noqa: PLR2004 - a 4xx
         )
         headers = tuple((bytes(name), bytes(value)) for name, value in message.get("headers", ()))
         return ResponseHead(status, headers, exception, is_raised)
@@ -268,7 +273,7 @@ class ResponseGate:
         return False
 
     def _find_responder(self, failure: BaseException) -> ASGIApp | None:
-        render = self._middleware.commit_error_response
+        render = self._commit_error_response
         if render is not None:
             responder = render(self._asgi_scope, failure)
             if responder is not None:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from asgi_dbscope._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_dbscope._gate import CommitErrorResponse
     from asgi_dbscope._policy import CommitPolicy, Mode, Stream
 
-    CommitErrorResponse = Callable[[Scope, BaseException], ASGIApp | None]
     Exclude = str | Iterable[str] | Callable[[Scope], bool]
 
 KEY = "asgi_dbscope"
@@ -126,7 +126,14 @@ class DBSessionMiddleware:
         try:
             if kind == "websocket":
                 return await self._serve_websocket(session_scopes, scope, receive, send)
-            gate = ResponseGate(self, session_scopes, scope, receive, send)
+            gate = ResponseGate(
+                session_scopes,
+                scope,
+                receive,
+                send,
+                hides_exceptions=self.hides_exceptions,
+                commit_error_response=self.commit_error_response,
+            )
             return await gate.run(self.app)
         finally:
             _current.innermost.reset(token)
