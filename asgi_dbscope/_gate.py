@@ -126,11 +126,18 @@ class ResponseGate:
         finally:
             error = failure = None  # an error's traceback holds this frame: no cycle
 
-    def receive(self) -> Awaitable[Message]:
-        """The app's ``receive``."""
-        if self._phase is not Phase.BODY:
-            return self._raw_receive()
-        return self._receive_in_body()
+    async def receive(self) -> Message:
+        """The app's ``receive``: passes a message on; a client that left ends the body's work."""
+        message = await self._raw_receive()
+        if self._phase is Phase.BODY and message["type"] == "http.disconnect":
+            async with self._settling():
+                # Nobody reads the body any more: what it began is rolled back. Work after the
+                # body (background tasks) starts afresh. Unless its last message was on its way.
+                if self._phase is Phase.BODY:
+                    self._phase = Phase.BACKGROUND
+                    for scope in self._scopes:
+                        await scope.abandon_body()
+        return message
 
     def send(self, message: Message) -> Awaitable[None]:
         """The app's ``send``: passes a message on, after settling what it puts an end to."""
@@ -142,18 +149,6 @@ class ResponseGate:
                 self._note(message)
                 return self._raw_send(message)
         return self._settle_and_send(message, sys.exception())
-
-    async def _receive_in_body(self) -> Message:
-        message = await self._raw_receive()
-        if message.get("type") == "http.disconnect":
-            async with self._settling():
-                # Nobody reads the body any more: what it began is rolled back. Work after the
-                # body (background tasks) starts afresh.
-                if self._phase is Phase.BODY:
-                    self._phase = Phase.BACKGROUND
-                    for scope in self._scopes:
-                        await scope.abandon_body()
-        return message
 
     async def _settle_and_send(self, message: Message, exception: BaseException | None) -> None:
         async with self._settling():
