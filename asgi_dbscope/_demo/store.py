@@ -1,0 +1,187 @@
+"""Where a ledger is kept: an SQLite file, or a schema of its own on PostgreSQL."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import aiosqlite  # noqa: F401 - so that it is missed in time
+from sqlalchemy import URL, NullPool, delete, event, func, insert, make_url, select
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.schema import CreateSchema, DropSchema
+
+from asgi_dbscope._demo import recorder
+from asgi_dbscope._demo.ledger import (
+    OPENING_BALANCES,
+    Account,
+    Base,
+    Entry,
+    Label,
+    Page,
+    Receipt,
+    Transfer,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+COUNTED = {"transfers": Transfer, "entries": Entry, "pages": Page, "receipts": Receipt}
+"""The tables that the tour counts rows of."""
+
+TIMEOUT = 10.0
+"""Seconds that a database may take to make the tables, or to drop them."""
+
+
+class DemoError(Exception):
+    """The demo can't run; the message is the one line to print."""
+
+
+class Store:
+    """A ledger's tables, twice connected: the app's own engine, and one to look from outside.
+
+    Attributes:
+        engine: The app's, with a pool.
+
+        sessions: What the app makes its sessions with.
+    """
+
+    def __init__(self, url: URL, schema: str | None) -> None:
+        self.schema = schema
+        self.engine = self._connect(url)
+        self.sessions: async_sessionmaker[AsyncSession] = async_sessionmaker(
+            self.engine, expire_on_commit=False, sync_session_class=recorder.RecordedSession
+        )
+        recorder.watch(self.engine)
+        self._observer = self._connect(url, poolclass=NullPool)
+
+    def _connect(self, url: URL, **options: Any) -> AsyncEngine:
+        engine = create_async_engine(url, **options)
+        if self.schema is None:
+            event.listen(engine.sync_engine, "connect", _enforce_foreign_keys)
+            return engine
+        return engine.execution_options(schema_translate_map={None: self.schema})
+
+    def __str__(self) -> str:
+        place = repr(self.engine.url)
+        return place if self.schema is None else f"{place}, schema {self.schema}"
+
+    def held(self) -> int:
+        """How many connections the app has out of its pool now."""
+        return self.engine.pool.checkedout()  # type: ignore[attr-defined,no-any-return]
+
+    async def create(self) -> None:
+        """Make the tables."""
+        async with self._observer.begin() as connection:
+            if self.schema is not None:
+                await connection.execute(CreateSchema(self.schema))
+            await connection.run_sync(Base.metadata.create_all)
+
+    async def reset(self) -> None:
+        """Put everything back to the beginning."""
+        async with self._observer.begin() as connection:
+            for table in reversed(Base.metadata.sorted_tables):
+                await connection.execute(delete(table))
+            for name, balance in OPENING_BALANCES.items():
+                await connection.execute(insert(Account).values(name=name, opening_balance=balance))
+            await connection.execute(insert(Label).values(name="rent"))
+
+    async def rows(self) -> dict[str, int]:
+        """How many rows there are, for whoever else looks."""
+        async with self._observer.connect() as connection:
+            return {
+                name: await connection.scalar(select(func.count()).select_from(table)) or 0
+                for name, table in COUNTED.items()
+            }
+
+    async def close(self, *, keep: bool) -> None:
+        """Give every connection back to the database, and drop the schema."""
+        await self.engine.dispose()
+        if self.schema is None or keep:
+            return
+        try:
+            async with asyncio.timeout(TIMEOUT), self._observer.begin() as connection:
+                await connection.execute(DropSchema(self.schema, cascade=True))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is one line
+            raise DemoError(
+                f"The schema {self.schema} can't be dropped: {_first_line(error)}"
+            ) from None
+
+
+@asynccontextmanager
+async def open_stores(
+    url: str | None, directory: Path, *, keep: bool
+) -> AsyncIterator[list[Store]]:
+    """Two stores, for the two apps: files in *directory*, or schemas of the database at *url*.
+
+    Raises:
+        DemoError: If the URL can't be read, or the database can't be reached.
+    """
+    stores: list[Store] = []
+    name = f"asgi_dbscope_demo_{secrets.token_hex(4)}"
+    try:
+        for suffix in ("", "_yield"):
+            if url is None:
+                place = URL.create("sqlite+aiosqlite", database=f"{directory}/ledger{suffix}.db")
+                store = Store(place, None)
+            else:
+                store = _open_postgresql(url, name + suffix)
+            await _create(store)
+            stores.append(store)
+        yield stores
+    finally:
+        for store in stores:
+            await store.close(keep=keep)
+
+
+def _open_postgresql(text: str, schema: str) -> Store:
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        raise DemoError(
+            "The URL can't be read; it looks like postgresql+asyncpg://user:password@host/name"
+        ) from None
+    if url.get_backend_name() != "postgresql":
+        raise DemoError(
+            f"--url takes a PostgreSQL database, not {url.drivername}; without --url the demo "
+            "makes an SQLite file of its own."
+        )
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+asyncpg")
+    try:
+        return Store(url, schema)
+    except ModuleNotFoundError as error:
+        raise DemoError(
+            f"{url.drivername} needs {error.name}, which is not installed: "
+            "pip install 'asgi-dbscope[postgresql]'"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is one line
+        raise DemoError(f"No engine for {url.drivername}: {_first_line(error)}") from None
+
+
+async def _create(store: Store) -> None:
+    try:
+        async with asyncio.timeout(TIMEOUT):
+            await store.create()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is one line
+        raise DemoError(
+            f"The database {store.engine.url!r} can't be used: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _enforce_foreign_keys(connection: Any, record: object) -> None:  # noqa: ARG001 - SQLAlchemy's
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
