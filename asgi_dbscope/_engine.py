@@ -144,8 +144,16 @@ def _on_error(context: ExceptionContext) -> None:
         return
     if watch.scope.state is State.COMMITTING and context.is_disconnect:
         watch.scope.advance(Event.ANSWER_LOST)
-    elif context.is_disconnect or _dialects.may_abort(connection, context.original_exception):
+    elif context.is_disconnect or (
+        not _is_autocommit(connection)
+        and _dialects.may_abort(connection, context.original_exception)
+    ):
         watch.error = context.original_exception
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    # Where each statement is durable by itself there is no transaction to abort.
+    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
 
 
 def _on_checkin(

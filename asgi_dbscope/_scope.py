@@ -207,8 +207,12 @@ class SessionScope(Generic[S]):
 
     def is_settled(self) -> bool:
         """Whether there is no open transaction to end."""
-        session = self._session
-        return session is None or not session.sync_session.in_transaction()
+        session, use = self._session, self._use
+        return (
+            session is None
+            or use is None
+            or not (session.sync_session.in_transaction() or use.has_lost)
+        )
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*."""
@@ -229,7 +233,11 @@ class SessionScope(Generic[S]):
                 could not be sent.
         """
         session, use = self._session, self._use
-        if session is None or use is None or not session.sync_session.in_transaction():
+        if session is None or use is None:
+            return None
+        if use.has_lost:
+            self._tell_of_loss(use, ending)
+        if not session.sync_session.in_transaction():
             return None
         return await run_to_completion(
             self._end(session, use, ending), grace=self.database.cleanup_timeout
@@ -320,10 +328,19 @@ class SessionScope(Generic[S]):
             use.is_abandoned = True
             logger.warning("%s: the connection will be thrown away when it is free", self.label)
 
+    def _tell_of_loss(self, use: SessionUse, ending: Ending) -> None:
+        """A session that was closed by hand rolled back: a success must not be claimed."""
+        use.has_lost = False
+        if ending is Ending.COMMIT:
+            msg = (
+                f"The session of {self!r} was closed by hand (session.close(), or the end of "
+                "`async with session:`) with changes that nobody had committed, and they were "
+                "rolled back. Leave closing to the scope, or commit before."
+            )
+            raise SessionScopeClosedError(msg)
+
     def _warn_of_loss(self, session: AsyncSession, use: SessionUse) -> None:
-        if self.options.mode != "manual":
-            return
-        if use.has_written or session.new or session.dirty or session.deleted:
+        if self.options.mode == "manual" and use.has_changes(session.sync_session):
             logger.warning(
                 "%s: mode is 'manual' and nobody committed: open changes are rolled back",
                 self.label,

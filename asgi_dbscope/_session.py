@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, TextClause, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
@@ -93,10 +93,14 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(close)
     def closing(self: Any) -> None:
-        # With nothing to roll back there is no I/O, and it may be closed from anywhere.
-        (reporting if self.in_transaction() else close)(self)
-        if self.use is not None:
-            self.use.is_closed = True
+        use = self.use
+        if use is not None and self.in_transaction():
+            use.note_loss(self)
+            reporting(self)
+        else:  # nothing to roll back, so no I/O: it may be closed from anywhere
+            close(self)
+        if use is not None:
+            use.is_closed = True
 
     return closing
 
@@ -125,11 +129,21 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def reporting_statement(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
         use = self.use
-        if use is not None and not getattr(statement, "is_select", False):
+        if use is not None and not _is_read(statement):
             use.has_written = True
         return reporting(self, statement, *args, **kwargs)
 
     return reporting_statement
+
+
+def _is_read(statement: Any) -> bool:
+    """Whether *statement* looks like a read; it decides over warnings, never over a COMMIT."""
+    if isinstance(statement, TextClause):
+        return statement.text.lstrip()[:6].upper() in _READS
+    return bool(getattr(statement, "is_select", False))
+
+
+_READS = frozenset({"SELECT", "VALUES", "EXPLAI", "PRAGMA"})
 
 
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -216,5 +230,8 @@ def _after_commit(session: Any) -> None:
 
 def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
     use: SessionUse | None = session.use
-    if use is not None and transaction.parent is None and use.scope.state in OPEN:
+    if use is None or transaction.parent is not None:
+        return
+    use.has_written = False
+    if use.scope.state in OPEN:
         use.scope.advance(Event.ROLLED_BACK)

@@ -29,7 +29,9 @@ class SessionUse:
 
         ender: The task that is ending the session's transaction now; nobody else may use it.
 
-        has_written: Whether something other than a SELECT was asked of the session.
+        has_written: Whether something other than a read was asked of the open transaction.
+
+        has_lost: Whether the session was closed by hand with changes that nobody committed.
 
         is_closed: Whether the session was closed before its scope ended.
 
@@ -44,6 +46,7 @@ class SessionUse:
         "_becomes_free",
         "_users",
         "ender",
+        "has_lost",
         "has_written",
         "is_abandoned",
         "is_closed",
@@ -55,6 +58,7 @@ class SessionUse:
         self.scope = scope
         self.ender: asyncio.Task[Any] | None = None
         self.has_written = False
+        self.has_lost = False
         self.is_closed = False
         self.is_torn = False
         self.is_abandoned = False
@@ -126,6 +130,16 @@ class SessionUse:
             session.invalidate()
         if self._becomes_free is not None and not self._becomes_free.done():
             self._becomes_free.set_result(None)
+
+    def has_changes(self, session: Session) -> bool:
+        """Whether something would be lost if the open transaction were rolled back."""
+        is_durable = self.scope.options.mode == "autocommit"
+        is_pending = bool(session.new or session.dirty or session.deleted)
+        return is_pending or (self.has_written and not is_durable)
+
+    def note_loss(self, session: Session) -> None:
+        """The session is being closed by hand, in a transaction."""
+        self.has_lost = self.has_changes(session)
 
     async def begin_ending(self) -> None:
         """Let nobody but this task in; after a ``release()`` of another task, if there is one."""
