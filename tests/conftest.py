@@ -5,4 +5,5 @@ pytest_plugins = [
     "tests.fix_database",
     "tests.fix_asgi",
     "tests.fix_leaks",
+    "tests.fix_frameworks",
 ]
