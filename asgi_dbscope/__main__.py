@@ -10,6 +10,9 @@ HIGHEST_PORT = 65534
 
 DEFAULT_PORT = 8000
 
+DRIVERS = {"asyncpg": "asgi-dbscope[postgresql]", "psycopg": "psycopg[binary]"}
+"""What to install for a database's driver."""
+
 FAILED = 2
 """The exit status of a command that could not run."""
 
@@ -17,20 +20,22 @@ FAILED = 2
 def main() -> int:
     """Run the command; the exit status."""
     options = _parse_arguments()
-    try:
-        from asgi_dbscope._demo.command import Demo
-        from asgi_dbscope._demo.store import DemoError
-    except ModuleNotFoundError as error:
-        return _fail(
-            f"The demo needs {error.name}, which is not installed: pip install 'asgi-dbscope[demo]'"
-        )
     port = options.port
     if port is None:
         port = 0 if options.once else DEFAULT_PORT
     try:
-        return Demo(options.url, port, once=options.once, keep=options.keep).run()
-    except DemoError as error:
-        return _fail(str(error))
+        from asgi_dbscope._demo.command import Demo
+        from asgi_dbscope._demo.store import DemoError
+
+        try:
+            return Demo(options.url, port, once=options.once, keep=options.keep).run()
+        except DemoError as error:
+            message = str(error)
+    except ModuleNotFoundError as error:
+        package = DRIVERS.get(str(error.name), "asgi-dbscope[demo]")
+        message = f"The demo needs {error.name}, which is not installed: pip install '{package}'"
+    print(message, file=sys.stderr)
+    return FAILED
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -68,11 +73,6 @@ def _port(text: str) -> int:
     if not 0 <= port <= HIGHEST_PORT:
         raise argparse.ArgumentTypeError(f"{port} is not between 0 and {HIGHEST_PORT}")
     return port
-
-
-def _fail(message: str) -> int:
-    print(message, file=sys.stderr)
-    return FAILED
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -175,11 +175,15 @@ class SessionScope(Generic[S]):
     def check_open(self) -> None:
         """Refuse use after the end."""
         if self._lifecycle.state is State.CLOSED:
-            msg = (
-                f"{self!r} has ended, and its session with it. A task that outlives its request "
-                "needs a scope of its own: `async with db.session_scope() as session:`."
-            )
-            raise SessionScopeClosedError(msg)
+            self.refuse_late_use()
+
+    def refuse_late_use(self) -> NoReturn:
+        """Say what a task that outlives its request has to do."""
+        msg = (
+            f"{self!r} has ended, and its session with it. A task that outlives its request needs "
+            "a scope of its own: `async with db.session_scope() as session:`."
+        )
+        raise SessionScopeClosedError(msg)
 
     # ---------------------------------------------------------------- what the database reports
 
@@ -260,6 +264,8 @@ class SessionScope(Generic[S]):
         Returns:
             A cancellation that arrived meanwhile, which the caller has to pass on.
         """
+        if self._use is not None:
+            self._use.is_closing = True
         try:
             return await self.settle(ending)
         finally:

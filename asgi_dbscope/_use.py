@@ -6,8 +6,9 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy.util import await_only
+
 from asgi_dbscope.errors import (
-    ConcurrentSessionUseError,
     EventLoopMismatchError,
     SessionScopeClosedError,
     StreamSessionError,
@@ -35,6 +36,8 @@ class SessionUse:
 
         is_closed: Whether the session was closed before its scope ended.
 
+        is_closing: Whether the scope is ending for good: no operation begins any more.
+
         is_torn: Whether the transaction is to be rolled back when the session is free: the client
             of a streaming body has left.
 
@@ -50,6 +53,7 @@ class SessionUse:
         "has_written",
         "is_abandoned",
         "is_closed",
+        "is_closing",
         "is_torn",
         "scope",
     )
@@ -60,15 +64,16 @@ class SessionUse:
         self.has_written = False
         self.has_lost = False
         self.is_closed = False
+        self.is_closing = False
         self.is_torn = False
         self.is_abandoned = False
-        self._users = 0
+        self._users: dict[asyncio.Task[Any] | None, int] = {}
         self._becomes_free: asyncio.Future[None] | None = None
 
     @property
     def is_busy(self) -> bool:
         """Whether a task is inside an operation of the session."""
-        return self._users > 0
+        return bool(self._users)
 
     def check_registration(self) -> None:
         """Refuse objects that would come too late to be written."""
@@ -103,24 +108,30 @@ class SessionUse:
                 "loop open a scope of its own: `async with db.session_scope() as session:`."
             )
             raise EventLoopMismatchError(msg)
-        if self.ender is not None and self.ender is not asyncio.current_task():
-            task = asyncio.current_task()
-            msg = (
-                f"{self.scope!r} is ending its transaction, and task "
-                f"{None if task is None else task.get_name()!r} used its session at the same "
-                "time. Await the work of child tasks before the response is sent, or give them a "
-                "session of their own: `async with db.session_scope() as session:`."
-            )
-            raise ConcurrentSessionUseError(msg)
 
     def enter(self) -> None:
-        """An operation begins."""
+        """An operation begins; while another task ends the transaction it waits for its turn.
+
+        So what a child task gets doesn't depend on whether its statement came a moment before, in
+        or after the COMMIT of the response: after it, it begins the next transaction.
+        """
         self.check()
-        self._users += 1
+        task = asyncio.current_task()
+        # An operation may be part of another (a flush in a query), which has been let in.
+        if task not in self._users and task is not self.ender:
+            while self.ender is not None:
+                await_only(asyncio.wait([self.ender]))
+                self.check()
+            if self.is_closing:
+                self.scope.refuse_late_use()
+        self._users[task] = self._users.get(task, 0) + 1
 
     def leave(self, session: Session) -> None:
         """An operation has ended; the last one out clears up what it was told to."""
-        self._users -= 1
+        task = asyncio.current_task()
+        self._users[task] -= 1
+        if not self._users[task]:
+            del self._users[task]
         if self._users:
             return
         if self.is_torn:
