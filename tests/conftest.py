@@ -6,4 +6,5 @@ pytest_plugins = [
     "tests.fix_asgi",
     "tests.fix_leaks",
     "tests.fix_frameworks",
+    "tests.fix_server",
 ]
