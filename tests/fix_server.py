@@ -13,7 +13,6 @@ import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,7 +95,11 @@ async def connect(port: int) -> AsyncIterator[Client]:
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.setblocking(False)
-    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+    try:
+        await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+    except OSError:
+        connection.close()
+        raise
     reader, writer = await asyncio.open_connection(sock=connection, limit=65536)
     try:
         yield Client(reader, writer)
@@ -210,13 +213,14 @@ async def serve_hypercorn(app: Any, **options: Any) -> AsyncIterator[int]:
 
 @contextlib.asynccontextmanager
 async def serve_process(command: list[str], **environment: str) -> AsyncIterator[int]:
-    """Serve by a command; `{port}` in it stands for the port; leaves by SIGTERM."""
+    """Serve by a Python module; `{port}` in *command* stands for the port; leaves by SIGTERM."""
     with _listen() as listener:
         port = listener.getsockname()[1]
     process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
         *(part.format(port=port) for part in command),
-        env={**os.environ, **environment},
-        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
@@ -257,13 +261,3 @@ def uvicorn(request: pytest.FixtureRequest) -> Serve:
         return serve_uvicorn(app, http=request.param, **options)
 
     return serve
-
-
-@pytest.fixture(params=["uvicorn", "hypercorn"])
-def server(request: pytest.FixtureRequest) -> Serve:
-    """Serve an app by each of the servers that run in this loop."""
-    serve: Serve = {"uvicorn": serve_uvicorn, "hypercorn": serve_hypercorn}[request.param]
-    return serve
-
-
-PYTHON = sys.executable

@@ -2,139 +2,17 @@
 
 import asyncio
 from asyncio import IncompleteReadError
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
 
 import pytest
 import sqlalchemy as sa
-from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from sqlalchemy.ext.asyncio import AsyncSession
+from fastapi import Request
+from fastapi.responses import JSONResponse
 
-from asgi_dbscope import Database, current_session
-from tests.fix_database import Child, Item
+from asgi_dbscope import Database
+from tests.fix_database import Item
 from tests.fix_frameworks import added, wrapped
-from tests.fix_server import PATIENCE, Observed, connect
-
-MEGABYTES = 16
-"""What a response must have so that no kernel's buffers swallow it."""
-
-
-class Ledger(FastAPI):
-    """The app of these tests; `events` are what its endpoints wait for, and say."""
-
-    def __init__(self, db: Database[Any], **options: Any) -> None:
-        super().__init__(**options)
-        self.events: dict[str, asyncio.Event] = {}
-        for name in ("written", "go", "streaming"):
-            self.events[name] = asyncio.Event()
-        session_type = Annotated[AsyncSession, Depends(db.get_session)]
-        events = self.events
-
-        @self.post("/items/{item_id}", status_code=201)
-        async def create(item_id: int, session: session_type) -> dict[str, int]:
-            session.add(Item(id=item_id))
-            return {"id": item_id}
-
-        @self.post("/sync/{item_id}", status_code=201)
-        def create_in_thread(item_id: int) -> dict[str, int]:
-            current_session().add(Item(id=item_id))
-            return {"id": item_id}
-
-        @self.get("/items")
-        async def count(session: session_type) -> int:
-            return await session.scalar(sa.select(sa.func.count()).select_from(Item)) or 0
-
-        @self.post("/orphans", status_code=201)
-        async def orphan(session: session_type) -> dict[str, bool]:
-            session.add(Item(id=1))
-            await session.execute(sa.insert(Child).values(id=1, item_id=404))
-            return {"created": True}
-
-        @self.post("/refused/{item_id}")
-        async def refuse(item_id: int, session: session_type) -> None:
-            session.add(Item(id=item_id))
-            await session.flush()
-            raise HTTPException(409)
-
-        @self.post("/slow/{item_id}", status_code=201)
-        async def slow(item_id: int, session: session_type) -> dict[str, int]:
-            session.add(Item(id=item_id))
-            await session.flush()
-            events["written"].set()
-            await events["go"].wait()
-            return {"id": item_id}
-
-        @self.get("/large")
-        async def large(session: session_type) -> Response:
-            session.add(Item(id=1))
-            return Response(b"x" * (MEGABYTES << 20))
-
-        @self.get("/large-stream")
-        async def large_stream(session: session_type) -> StreamingResponse:
-            session.add(Item(id=1))
-
-            async def chunks() -> AsyncIterator[bytes]:
-                for _ in range(MEGABYTES):
-                    yield b"x" * (1 << 20)
-                    events["streaming"].set()
-
-            return StreamingResponse(chunks())
-
-        @self.get("/torn")
-        async def torn(session: session_type) -> StreamingResponse:
-            async def lines() -> AsyncIterator[str]:
-                session.add(Item(id=1))
-                await session.execute(sa.insert(Child).values(id=1, item_id=404))
-                yield "line\n"
-
-            return StreamingResponse(lines())
-
-        @self.get("/endless")
-        async def endless(session: session_type) -> StreamingResponse:
-            session.add(Item(id=1))
-
-            async def lines() -> AsyncIterator[str]:
-                session.add(Item(id=2))
-                await session.flush()
-                events["streaming"].set()
-                yield "line\n"
-                await asyncio.Event().wait()
-
-            return StreamingResponse(lines())
-
-        @self.post("/background/{item_id}")
-        async def background(item_id: int, session: session_type, tasks: BackgroundTasks) -> None:
-            async def write() -> None:
-                session.add(Item(id=item_id))
-                await session.flush()
-                events["written"].set()
-                await events["go"].wait()
-
-            tasks.add_task(write)
-
-        @self.post("/failing-background")
-        async def failing_background(session: session_type, tasks: BackgroundTasks) -> None:
-            async def write() -> None:
-                await session.execute(sa.insert(Child).values(id=1, item_id=404))
-
-            tasks.add_task(write)
-
-        @self.websocket("/echo")
-        async def echo(websocket: WebSocket) -> None:
-            await websocket.accept()
-            while True:
-                text = await websocket.receive_text()
-                async with db.session_scope() as session:
-                    session.add(Item(id=int(text)))
-                await websocket.send_text(f"{text} committed")
-
-
-def ledger(db: Database[Any], **options: Any) -> tuple[Observed, dict[str, asyncio.Event]]:
-    """The app under the middleware, observed, and its events."""
-    app = Ledger(db, **options)
-    return Observed(added(app, database=db)), app.events
-
+from tests.fix_server import PATIENCE, Observed, connect, serve_uvicorn
+from tests.server.ledger import MEGABYTES, Ledger, ledger
 
 # --------------------------------------------------------------------------------------
 # The head
@@ -256,12 +134,12 @@ async def test_client_that_leaves_in_mid_stream(engine, db, uvicorn, rows):
     app, _ = ledger(db)
     async with uvicorn(app) as port:
         async with connect(port) as client:
-            client.send("GET", "/endless")
+            client.send("GET", "/endless/1")
             await client.head()
             assert b"line\n" == await client.chunk()
             assert 1 == engine.pool.checkedout()
             client.leave()
-        await app.wait_for_end_of("/endless")
+        await app.wait_for_end_of("/endless/1")
         assert 0 == engine.pool.checkedout()
         async with connect(port) as client:
             assert (200, b"1") == await client.request("GET", "/items")
@@ -366,8 +244,6 @@ async def test_shutdown_in_mid_request_rolls_back(engine, db, uvicorn, rows):
 async def test_websocket_commits_each_message_before_its_answer(engine, db, rows):
     """G17: over a real websocket, each message is a scope; between them no connection is held."""
     from websockets.asyncio.client import connect as open_websocket
-
-    from tests.fix_server import serve_uvicorn
 
     app, _ = ledger(db)
     async with serve_uvicorn(app) as port:
