@@ -6,7 +6,7 @@ import inspect
 import sys
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -19,7 +19,7 @@ from asgi_dbscope.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Generator
     from contextvars import Token
-    from types import TracebackType
+    from types import FunctionType, TracebackType
 
     from asgi_dbscope._database import Database
     from asgi_dbscope._options import ScopeOptions
@@ -34,10 +34,12 @@ def looks_like_coroutine_function(function: F) -> F:
     """Mark *function*, which returns an awaitable, so that frameworks await what it returns."""
     if sys.version_info >= (3, 12):
         return inspect.markcoroutinefunction(function)
-    from asyncio import coroutines
-
-    # What asyncio.iscoroutinefunction() looks for; before 3.12 it has no public name.
-    function._is_coroutine = coroutines._is_coroutine  # type: ignore[attr-defined]  # noqa: SLF001
+    # Before 3.12 there is no mark that inspect.iscoroutinefunction() knows, and older FastAPI asks
+    # only that. The flag merely informs: coroutines are made by an instruction of the code.
+    code = function.__code__
+    cast("FunctionType", function).__code__ = code.replace(
+        co_flags=code.co_flags | inspect.CO_COROUTINE
+    )
     return function
 
 

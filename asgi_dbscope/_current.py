@@ -79,12 +79,16 @@ def current_session(name: str | None = None) -> AsyncSession:
 
 def no_scope_message(name: str | None) -> str:
     """What to tell a user who asked for a session outside of any scope."""
-    other = innermost.get()
-    if other is not None:
+    scope = innermost.get()
+    others: list[str] = []
+    while scope is not None:
+        others.append(repr(scope.database.name))
+        scope = scope.outer
+    if others:
         return (
-            f"No session scope is open here for the database {name!r}; there is {other!r} of "
-            f"{other.database!r}. Hand the same Database object to the middleware: "
-            "add_middleware(DBSessionMiddleware, database=db)."
+            f"No session scope of a database {name!r} is open here; there is one of "
+            f"{', '.join(sorted(set(others)))}. Is the name right, and was this very Database "
+            "object given to the middleware: add_middleware(DBSessionMiddleware, database=db)?"
         )
     return (
         "No session scope is open here. Inside a request: is DBSessionMiddleware added to this "

@@ -62,7 +62,7 @@ def check_isolation_level(engine: Engine, isolation_level: str | None) -> None:
     if isolation_level.replace("_", " ").upper() not in levels:
         msg = (
             f"isolation_level={isolation_level!r} is none of {engine.dialect.name}'s: "
-            f"{', '.join(levels)}."
+            f"{', '.join(level for level in levels if level != 'AUTOCOMMIT')}."
         )
         raise ConfigurationError(msg)
 
@@ -147,3 +147,14 @@ def is_in_transaction(dbapi_connection: Any) -> bool:
     except Exception:  # noqa: BLE001 - a connection that can't say is closed or broken
         return False
     return False
+
+
+def outlives_cancellation(connection: Connection, error: BaseException) -> bool:
+    """Whether the connection is still good after a query on it was cancelled.
+
+    aiosqlite's thread finishes the query, and the ROLLBACK queues behind it. Were the connection
+    thrown away instead, inside the task that is being cancelled, a second cancellation would leave
+    a task of SQLAlchemy's waiting for ever, and the file would stay locked until the garbage
+    collector finds the query's cursor (in the traceback of its cancellation).
+    """
+    return connection.dialect.driver == "aiosqlite" and not isinstance(error, Exception)

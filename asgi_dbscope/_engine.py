@@ -25,32 +25,40 @@ if TYPE_CHECKING:
     from asgi_dbscope._scope import SessionScope
 
 
-class _Watch:
-    """What we know of a connection while a scope's session has it.
-
-    Attributes:
-        scope: The session's scope.
-
-        error: The error after which the database may have aborted the transaction.
-    """
-
-    __slots__ = ("error", "scope")
-
-    def __init__(self, scope: SessionScope[Any]) -> None:
-        self.scope = scope
-        self.error: BaseException | None = None
-
-
-_watched: WeakKeyDictionary[Connection, _Watch] = WeakKeyDictionary()
-
-
-def watch_connection(connection: Connection, scope: SessionScope[Any]) -> None:
-    """Report to *scope* what happens on *connection*, until its session gives it back."""
-    watch_engine(connection.engine)
-    _watched[connection] = _Watch(scope)
-
-
 _watched_engines: WeakSet[Engine] = WeakSet()
+_scopes: WeakKeyDictionary[Connection, SessionScope[Any]] = WeakKeyDictionary()
+_errors: WeakKeyDictionary[Connection, BaseException] = WeakKeyDictionary()
+"""The error after which the database may have aborted a connection's transaction.
+
+An entry holds its own key, by the error's traceback, so :func:`unwatch` has to take it out.
+"""
+
+
+def watch(connection: Connection, scope: SessionScope[Any]) -> None:
+    """Report to *scope* what goes wrong on *connection*, until :func:`unwatch`."""
+    watch_engine(connection.engine)
+    _scopes[connection] = scope
+
+
+def unwatch(connection: Connection) -> None:
+    """The transaction on *connection* is over."""
+    del _scopes[connection]
+    _errors.pop(connection, None)
+
+
+def watch_engine(engine: Engine) -> None:
+    """Listen to *engine*, once.
+
+    Only to events of its dialect and its pool: a single listener to an event of its connections
+    (``commit``, ``savepoint``) makes SQLAlchemy build the dispatch of each connection anew, a tenth
+    of the cost of a SELECT.
+    """
+    if engine in _watched_engines:
+        return
+    _watched_engines.add(engine)
+    event.listen(engine, "handle_error", _on_error)
+    event.listen(engine, "reset", _dialects.undo_read_only)
+    event.listen(engine, "checkin", _on_checkin)
 
 
 def shape_engine(engine: Engine, execution_options: dict[str, Any]) -> Engine:
@@ -81,74 +89,48 @@ class _ShapedEngine(OptionEngine):
             raise
 
 
-def watch_engine(engine: Engine) -> None:
-    """Listen to *engine*, once."""
-    if engine in _watched_engines:
-        return
-    _watched_engines.add(engine)
-    event.listen(engine, "commit", _before_commit_is_sent)
-    event.listen(engine, "savepoint", _before_savepoint)
-    event.listen(engine, "rollback_savepoint", _before_rollback_to_savepoint)
-    event.listen(engine, "handle_error", _on_error)
-    event.listen(engine, "reset", _dialects.undo_read_only)
-    event.listen(engine, "checkin", _on_checkin)
-
-
-def _before_commit_is_sent(connection: Connection) -> None:
-    watch = _watched.get(connection)
-    if watch is None:
-        return
-    if watch.error is not None:
-        _refuse_aborted(connection, watch)
-    watch.scope.note_commit()
-
-
-def _refuse_aborted(connection: Connection, watch: _Watch) -> None:
+def refuse_if_aborted(connection: Connection) -> None:
     """Raise if the database has aborted the transaction; a doubt is settled by asking it.
 
     The one extra round trip is paid only after an error that was swallowed.
+
+    Raises:
+        TransactionAbortedError: If it has.
     """
-    error = watch.error
+    error = _errors.get(connection)
+    if error is None:
+        return
     try:
         is_aborted = connection.invalidated or _dialects.is_aborted(connection)
-    except Exception as failure:  # noqa: BLE001 - whatever it is, it can't be committed
-        is_aborted, error = True, error or failure
+    except Exception:  # noqa: BLE001 - whatever it is, it can't be committed
+        is_aborted = True
     if not is_aborted:
-        watch.error = None
+        del _errors[connection]
         return
     msg = (
-        f"{watch.scope!r} can't commit: the database aborted this transaction at an earlier error "
-        f"({type(error).__name__}: {error}), which the code caught and went on from. Nothing of "
-        "the transaction is kept. Let the error propagate; or, where it is expected, wrap the "
-        "statement in `async with session.begin_nested():` so that only this part is rolled back; "
-        "or call `await session.rollback()` and begin again."
+        f"{_scopes[connection]!r} can't commit: the database aborted this transaction at an "
+        f"earlier error ({type(error).__name__}: {error}), which the code caught and went on from. "
+        "Nothing of the transaction is kept. Let the error propagate; or, where it is expected, "
+        "wrap the statement in `async with session.begin_nested():` so that only this part is "
+        "rolled back; or call `await session.rollback()` and begin again."
     )
     raise TransactionAbortedError(msg) from error
 
 
-def _before_savepoint(connection: Connection, name: str | None) -> None:  # noqa: ARG001 - SQLAlchemy's signature
-    if connection in _watched:
-        _dialects.begin_before_savepoint(connection)
-
-
-def _before_rollback_to_savepoint(connection: Connection, name: str, context: None) -> None:  # noqa: ARG001 - SQLAlchemy's signature
-    watch = _watched.get(connection)
-    if watch is not None:
-        watch.error = None
-
-
 def _on_error(context: ExceptionContext) -> None:
     connection = context.connection
-    watch = None if connection is None else _watched.get(connection)
-    if watch is None or connection is None:
+    scope = None if connection is None else _scopes.get(connection)
+    if scope is None or connection is None:
         return
-    if watch.scope.state is State.COMMITTING and context.is_disconnect:
-        watch.scope.advance(Event.ANSWER_LOST)
-    elif context.is_disconnect or (
-        not _is_autocommit(connection)
-        and _dialects.may_abort(connection, context.original_exception)
-    ):
-        watch.error = context.original_exception
+    error = context.original_exception
+    if scope.state is State.COMMITTING and context.is_disconnect:
+        scope.advance(Event.ANSWER_LOST)
+    elif context.is_disconnect:
+        _errors[connection] = error
+        if _dialects.outlives_cancellation(connection, error):
+            context.is_disconnect = False
+    elif not _is_autocommit(connection) and _dialects.may_abort(connection, error):
+        _errors.setdefault(connection, error)
 
 
 def _is_autocommit(connection: Connection) -> bool:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._completion import redeliver
+from asgi_dbscope._lifecycle import Fact
 from asgi_dbscope._policy import Cause, Ending
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("asgi_dbscope")
 
 
-class Phase(Enum):
+class Phase(Fact):
     """Which transaction of the request would end next."""
 
     RESPONSE = "RESPONSE"
@@ -270,7 +270,10 @@ class ResponseGate:
     def _find_responder(self, failure: BaseException) -> ASGIApp | None:
         render = self._commit_error_response
         if render is not None:
-            responder = render(self._asgi_scope, failure)
+            try:
+                responder = render(self._asgi_scope, failure)
+            except Exception as error:
+                raise error from failure
             if responder is not None:
                 return responder
         if "starlette.exception_handlers" in self._asgi_scope:

@@ -13,7 +13,16 @@ from enum import Enum
 from asgi_dbscope.errors import IllegalTransitionError
 
 
-class State(Enum):
+class Fact(Enum):
+    """An enum whose members are found in tables at the price of any object.
+
+    Since Python 3.11 an enum's hash is computed by Python code from its name.
+    """
+
+    __hash__ = object.__hash__
+
+
+class State(Fact):
     """What a session scope is doing."""
 
     IDLE = "IDLE"
@@ -38,7 +47,7 @@ class State(Enum):
     """The scope has ended; its session refuses use."""
 
 
-class Event(Enum):
+class Event(Fact):
     """What has happened."""
 
     BEGUN = "BEGUN"
@@ -63,7 +72,7 @@ class Event(Enum):
     """The session was closed for good."""
 
 
-class Outcome(Enum):
+class Outcome(Fact):
     """What became of the scope's last transaction."""
 
     NOT_BEGUN = "NOT_BEGUN"

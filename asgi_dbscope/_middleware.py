@@ -158,12 +158,17 @@ class DBSessionMiddleware:
 
         async def dispose_then_send(message: Message) -> None:
             # Before the server hears of it: after, it may stop the loop at once.
-            if message.get("type") in _SHUTDOWN:
+            if message.get("type") in _END_OF_LIFE:
                 for database in owners:
                     await database.dispose()
             await send(message)
 
-        return await self.app(scope, receive, dispose_then_send)
+        try:
+            return await self.app(scope, receive, dispose_then_send)
+        except BaseException:
+            for database in owners:
+                await database.dispose()
+            raise
 
     def hides_exceptions(self) -> bool:
         """Whether a ``BaseHTTPMiddleware`` inside hides which responses were raised."""
@@ -174,7 +179,9 @@ class DBSessionMiddleware:
 
 
 _SERVED = frozenset({"http", "websocket"})
-_SHUTDOWN = frozenset({"lifespan.shutdown.complete", "lifespan.shutdown.failed"})
+_END_OF_LIFE = frozenset(
+    {"lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"}
+)
 
 
 def _serves(scope: SessionScope[Any] | None, database: Database[Any]) -> bool:

@@ -14,11 +14,10 @@ raised or cancelled             roll back
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import Literal, TypeAlias
 
 from asgi_dbscope._asgi import ResponseHead
-from asgi_dbscope._lifecycle import ROLLBACK_ONLY, State
+from asgi_dbscope._lifecycle import ROLLBACK_ONLY, Fact, State
 from asgi_dbscope.errors import CommitPolicyError
 
 Mode = Literal["transaction", "autocommit", "manual"]
@@ -34,14 +33,14 @@ CommitPolicy: TypeAlias = Callable[[ResponseHead], bool]
 """Says whether a response commits."""
 
 
-class Ending(Enum):
+class Ending(Fact):
     """What we decide to do with an open transaction."""
 
     COMMIT = "COMMIT"
     ROLLBACK = "ROLLBACK"
 
 
-class Cause(Enum):
+class Cause(Fact):
     """Why a transaction ends now."""
 
     HEAD = "HEAD"

@@ -15,8 +15,8 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._engine import watch_connection
-from asgi_dbscope._lifecycle import OPEN, Event, State
+from asgi_dbscope._engine import refuse_if_aborted, unwatch, watch
+from asgi_dbscope._lifecycle import OPEN, Event
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 STATEMENTS = ("execute", "scalar", "scalars")
 OPERATIONS = (
-    *("get", "get_one", "merge", "refresh", "flush", "connection", "commit", "rollback"),
+    *("get", "get_one", "merge", "refresh", "flush", "commit", "rollback"),
     *("begin_nested", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
 )
 REGISTRATIONS = ("add", "delete")
@@ -46,6 +46,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "__module__": base.__module__,
         "get_bind": _shaping(base.get_bind),
         "begin": _reporting(_beginning(base.begin)),
+        "connection": _reporting(_connecting(base.connection)),
         "close": _closing(base.close),
     }
     for name in STATEMENTS:
@@ -56,6 +57,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         namespace[name] = _checked(getattr(base, name))
     cls = type(base.__name__, (base,), namespace)
     event.listen(cls, "after_begin", _after_begin)
+    event.listen(cls, "before_commit", _before_commit)
     event.listen(cls, "after_commit", _after_commit)
     event.listen(cls, "after_transaction_end", _after_transaction_end)
     _reporting_classes[base] = cls
@@ -81,11 +83,26 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(begin)
     def beginning(self: Any, nested: bool = False) -> Any:
         use = self.use
-        if use is not None and use.scope.options.mode == "autocommit":
-            _leave_autocommit(self, nested=nested)
+        if use is not None:
+            if use.scope.options.mode == "autocommit":
+                _leave_autocommit(self, nested=nested)
+            if nested:
+                for connection in use.connections:
+                    _dialects.begin_before_savepoint(connection)
         return begin(self, nested=nested)
 
     return beginning
+
+
+def _connecting(connection: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(connection)
+    def connecting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = connection(self, *args, **kwargs)
+        if self.use is not None:  # who asks for the connection may set a savepoint on it
+            _dialects.begin_before_savepoint(found)
+        return found
+
+    return connecting
 
 
 def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,6 +112,7 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     def closing(self: Any) -> None:
         use = self.use
         if use is not None and self.in_transaction():
+            use.check()
             use.note_loss(self)
             reporting(self)
         else:  # nothing to roll back, so no I/O: it may be closed from anywhere
@@ -131,6 +149,8 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
         use = self.use
         if use is not None and not _is_read(statement):
             use.has_written = True
+            if isinstance(statement, TextClause) and statement.text[:9].upper() == "SAVEPOINT":
+                self.connection()
         return reporting(self, statement, *args, **kwargs)
 
     return reporting_statement
@@ -215,16 +235,31 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
         return
     scope = use.scope
     scope.check_open()
-    watch_connection(connection, scope)
+    use.connections.append(connection)
+    watch(connection, scope)
     scope.advance(Event.BEGUN)
     if scope.options.read_only:
         _dialects.enforce_read_only(connection)
+    if session.in_nested_transaction():
+        _dialects.begin_before_savepoint(connection)
+
+
+def _before_commit(session: Any) -> None:
+    """Refuse the COMMIT that would be a lie; the last moment before it is sent."""
+    use: SessionUse | None = session.use
+    if use is None or session.in_nested_transaction():
+        return
+    session.flush()  # what goes wrong here goes wrong before COMMIT
+    if not use.connections:
+        return
+    for connection in use.connections:
+        refuse_if_aborted(connection)
+    use.scope.note_commit()
 
 
 def _after_commit(session: Any) -> None:
     use: SessionUse | None = session.use
-    is_root = not session.in_nested_transaction()
-    if use is not None and is_root and use.scope.state is State.COMMITTING:
+    if use is not None and use.connections and not session.in_nested_transaction():
         use.scope.advance(Event.COMMITTED)
 
 
@@ -233,5 +268,8 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     if use is None or transaction.parent is not None:
         return
     use.has_written = False
+    for connection in use.connections:
+        unwatch(connection)
+    use.connections.clear()
     if use.scope.state in OPEN:
         use.scope.advance(Event.ROLLED_BACK)

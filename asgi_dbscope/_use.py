@@ -6,8 +6,10 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
+from asgi_dbscope._completion import run_to_completion
+from asgi_dbscope._policy import Ending
 from asgi_dbscope.errors import (
     EventLoopMismatchError,
     SessionScopeClosedError,
@@ -15,11 +17,15 @@ from asgi_dbscope.errors import (
 )
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
     from asgi_dbscope._scope import SessionScope
 
 logger = logging.getLogger("asgi_dbscope")
+
+GRACE = 1.0
+"""Seconds for throwing away a connection that its scope has given up already."""
 
 
 class SessionUse:
@@ -27,6 +33,8 @@ class SessionUse:
 
     Attributes:
         scope: The session's scope.
+
+        connections: Those that the open transaction has taken.
 
         ender: The task that is ending the session's transaction now; nobody else may use it.
 
@@ -48,6 +56,7 @@ class SessionUse:
     __slots__ = (
         "_becomes_free",
         "_users",
+        "connections",
         "ender",
         "has_lost",
         "has_written",
@@ -60,6 +69,7 @@ class SessionUse:
 
     def __init__(self, scope: SessionScope[Any]) -> None:
         self.scope = scope
+        self.connections: list[Connection] = []
         self.ender: asyncio.Task[Any] | None = None
         self.has_written = False
         self.has_lost = False
@@ -135,10 +145,11 @@ class SessionUse:
         if self._users:
             return
         if self.is_torn:
+            # In a task of its own: this one is most likely being cancelled.
             self.is_torn = False
-            session.rollback()
+            await_only(self.scope.settle(Ending.ROLLBACK))
         if self.is_abandoned:
-            session.invalidate()
+            await_only(run_to_completion(greenlet_spawn(session.invalidate), grace=GRACE))
         if self._becomes_free is not None and not self._becomes_free.done():
             self._becomes_free.set_result(None)
 

@@ -52,7 +52,7 @@ class TransactionAbortedError(DBScopeError):
 
 
 class ConcurrentSessionUseError(DBScopeError):
-    """Two tasks used one session at the same time."""
+    """A transaction could not be ended: another task went on using the session."""
 
 
 class EventLoopMismatchError(DBScopeError):
