@@ -1,7 +1,12 @@
 """Configuration of the documentation: Sphinx, furo, MyST."""
 
 import importlib.metadata
+import sys
+from pathlib import Path
 from typing import Any
+
+# Our own directive: tables that the code says.
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 
 project = "asgi-dbscope"
 author = "The asgi-dbscope authors"
@@ -10,6 +15,7 @@ release = importlib.metadata.version("asgi-dbscope")
 version = release
 
 extensions = [
+    "directives",
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
@@ -20,6 +26,8 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "asgi-dbscope"
+html_static_path = ["_static"]
+html_css_files = ["rendered.css"]
 exclude_patterns = ["_build"]
 
 autodoc_class_signature = "mixed"
