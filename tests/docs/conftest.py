@@ -17,7 +17,7 @@ from asgi_dbscope import Database
 from tests.docs.blocks import find_block
 
 Serve = Callable[[Any], AbstractAsyncContextManager[httpx.AsyncClient]]
-Query = Callable[[str], list[Any]]
+Query = Callable[..., list[Any]]
 
 
 @pytest.fixture
@@ -74,8 +74,8 @@ async def _lifespan(app: Any) -> AsyncIterator[None]:
 def query() -> Query:
     """Ask the examples' SQLite file what is committed in it."""
 
-    def query(sql: str) -> list[Any]:
-        connection = sqlite3.connect("shop.db")
+    def query(sql: str, file: str = "shop.db") -> list[Any]:
+        connection = sqlite3.connect(file)
         try:
             return [row[0] if len(row) == 1 else row for row in connection.execute(sql)]
         finally:

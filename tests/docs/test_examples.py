@@ -9,7 +9,7 @@ import pytest
 
 from tests.docs.blocks import PAGES, ROOT, blocks_of, shown
 
-SHELL = {"sh", "console"}
+SHELL = {"bash", "console", "sh"}
 PYTHON = [block for page in PAGES for block in blocks_of(page) if block.language == "python"]
 
 
