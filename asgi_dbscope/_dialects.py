@@ -98,9 +98,16 @@ def undo_read_only(
         cursor.close()
 
 
+def is_autocommit(connection: Connection) -> bool:
+    """Whether each statement is durable by itself, so that there is no transaction."""
+    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+
+
 def may_abort(connection: Connection, error: BaseException) -> bool:
     """Whether the database may have aborted the transaction at *error*, without asking it."""
     dialect = connection.dialect.name
+    if is_autocommit(connection):
+        return False
     if dialect in POSTGRESQL:
         return True
     if dialect == "sqlite":
@@ -125,8 +132,10 @@ def begin_before_savepoint(connection: Connection) -> None:
     Python's ``sqlite3`` begins only before INSERT, UPDATE, DELETE and REPLACE. A SAVEPOINT that
     comes first would be SQLite's outermost transaction, and its RELEASE a COMMIT.
     """
-    if connection.dialect.name == "sqlite" and not is_in_transaction(
-        connection.connection.dbapi_connection
+    if (
+        connection.dialect.name == "sqlite"
+        and not is_autocommit(connection)
+        and not is_in_transaction(connection.connection.dbapi_connection)
     ):
         connection.exec_driver_sql("BEGIN")
 

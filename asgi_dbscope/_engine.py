@@ -129,13 +129,8 @@ def _on_error(context: ExceptionContext) -> None:
         _errors[connection] = error
         if _dialects.outlives_cancellation(connection, error):
             context.is_disconnect = False
-    elif not _is_autocommit(connection) and _dialects.may_abort(connection, error):
+    elif _dialects.may_abort(connection, error):
         _errors.setdefault(connection, error)
-
-
-def _is_autocommit(connection: Connection) -> bool:
-    # Where each statement is durable by itself there is no transaction to abort.
-    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
 
 
 def _on_checkin(
