@@ -86,7 +86,7 @@ def no_scope_message(name: str | None) -> str:
         scope = scope.outer
     if others:
         return (
-            f"No session scope of a database {name!r} is open here; there is one of "
+            f"No session scope is open here for the database {name!r}; there is one for "
             f"{', '.join(sorted(set(others)))}. Is the name right, and was this very Database "
             "object given to the middleware: add_middleware(DBSessionMiddleware, database=db)?"
         )

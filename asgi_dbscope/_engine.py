@@ -89,6 +89,17 @@ class _ShapedEngine(OptionEngine):
             raise
 
 
+def guard_commit(connection: Connection) -> None:
+    """Judge also a COMMIT that is asked of *connection* itself, past its session."""
+    if not event.contains(connection, "commit", _before_commit):
+        event.listen(connection, "commit", _before_commit)
+
+
+def _before_commit(connection: Connection) -> None:
+    refuse_if_aborted(connection)
+    _scopes[connection].note_commit()
+
+
 def refuse_if_aborted(connection: Connection) -> None:
     """Raise if the database has aborted the transaction; a doubt is settled by asking it.
 

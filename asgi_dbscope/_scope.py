@@ -150,7 +150,7 @@ class SessionScope(Generic[S]):
         self.advance(Event.SET_ROLLBACK_ONLY)
 
     def configure(self, **changes: Any) -> None:
-        """Change the options of this scope, as :func:`.session_options` does.
+        """Change the options of this scope, as :class:`.session_options` does.
 
         Raises:
             ConfigurationError: If an option is unknown or wrong.

@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._engine import refuse_if_aborted, unwatch, watch
+from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, watch
 from asgi_dbscope._lifecycle import OPEN, Event
 from asgi_dbscope.errors import ConfigurationError
 
@@ -98,8 +98,9 @@ def _connecting(connection: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(connection)
     def connecting(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = connection(self, *args, **kwargs)
-        if self.use is not None:  # who asks for the connection may set a savepoint on it
+        if self.use is not None:  # who asks for the connection may use its verbs
             _dialects.begin_before_savepoint(found)
+            guard_commit(found)
         return found
 
     return connecting
