@@ -1,8 +1,17 @@
 """Frameworks: each example does what the page says."""
 
 import pytest
+from litestar import Litestar
+from litestar import post as litestar_post
+from litestar.di import Provide
+from litestar.exceptions import NotFoundException
+from litestar.middleware import DefineMiddleware
+from quart import Quart, abort
 
+from asgi_dbscope import DBSessionMiddleware, current_session
 from tests.docs.blocks import runs
+from tests.fix_asgi import http_scope
+from tests.fix_database import Item
 
 ORDERS = "SELECT item FROM orders"
 TABLES = "tutorial.md/tables"
@@ -35,3 +44,89 @@ async def test_hidden_4xx_is_rolled_back(example, serve, query):
         assert 404 == (await client.get("/returned", params={"item": "tea"})).status_code
 
     assert [] == query(ORDERS)
+
+
+# --------------------------------------------------------------------------------------
+# What can be seen where
+# --------------------------------------------------------------------------------------
+
+
+def in_litestar(db, handler, *, is_wrapped, **options):
+    """An app of Litestar's with this handler, and the middleware on it one way or the other."""
+    if is_wrapped:
+        return DBSessionMiddleware(Litestar([handler], **options), database=db)
+    define = DefineMiddleware(DBSessionMiddleware, database=db)
+    return Litestar([handler], middleware=[define], **options)
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["defined", "wrapped"])
+async def test_litestar_shows_what_was_raised(db, drive, rows, is_wrapped):
+    """G3: a 4xx that was raised in Litestar is rolled back, as middleware and wrapped whole."""
+
+    @litestar_post("/")
+    async def refuse() -> None:
+        current_session().add(Item(id=1))
+        await current_session().flush()
+        raise NotFoundException
+
+    exchange = await drive(in_litestar(db, refuse, is_wrapped=is_wrapped), http_scope("/", "POST"))
+
+    assert 404 == exchange.status
+    assert [] == await rows()
+
+
+@pytest.mark.filterwarnings("ignore:.*Inferred dependency field")
+@pytest.mark.parametrize(
+    ("is_wrapped", "before_the_head"),
+    [(False, [1, 2]), (True, [1, 2, 3])],
+    ids=["defined", "wrapped"],
+)
+async def test_litestar_hooks_and_generators_write_where_the_page_says(
+    db, drive, rows, is_wrapped, before_the_head
+):
+    """G1, G7: generators and hooks of Litestar are in the transaction that the page names."""
+    seen = []
+
+    async def generator():
+        yield 1
+        current_session().add(Item(id=1))
+
+    def after_request(response):
+        current_session().add(Item(id=2))
+        return response
+
+    async def before_send(message, scope):
+        if message["type"] == "http.response.start":
+            current_session().add(Item(id=3))
+
+    @litestar_post("/", dependencies={"one": Provide(generator)}, after_request=after_request)
+    async def answer(one: int) -> dict[str, int]:
+        return {"one": one}
+
+    async def look(message):
+        if message["type"] == "http.response.start":
+            seen.append(await rows())
+
+    app = in_litestar(db, answer, is_wrapped=is_wrapped, before_send=[before_send])
+    await drive(app, http_scope("/", "POST"), on_send=look)
+
+    assert [before_the_head] == seen
+    assert [1, 2, 3] == await rows()
+
+
+async def test_quart_hides_what_was_raised(db, drive, rows):
+    """In Quart the status decides: an aborted 409 commits, an exception is a 500 and doesn't."""
+    quart = Quart(__name__)
+
+    @quart.post("/<int:number>")
+    async def refuse(number):
+        current_session().add(Item(id=number))
+        if number == 1:
+            abort(409)
+        raise ValueError
+
+    app = DBSessionMiddleware(quart, database=db)
+    statuses = [(await drive(app, http_scope(f"/{each}", "POST"))).status for each in (1, 2)]
+
+    assert [409, 500] == statuses
+    assert [1] == await rows()
