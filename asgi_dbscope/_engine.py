@@ -96,8 +96,10 @@ def guard_commit(connection: Connection) -> None:
 
 
 def _before_commit(connection: Connection) -> None:
-    refuse_if_aborted(connection)
-    _scopes[connection].note_commit()
+    scope = _scopes.get(connection)
+    if scope is not None:
+        refuse_if_aborted(connection)
+        scope.note_commit()
 
 
 def refuse_if_aborted(connection: Connection) -> None:

@@ -69,8 +69,6 @@ class ResponseGate:
         hides_exceptions: Callable[[], bool],
         commit_error_response: CommitErrorResponse | None,
     ) -> None:
-        self._hides_exceptions = hides_exceptions
-        self._commit_error_response = commit_error_response
         self._scopes = scopes
         self._asgi_scope = asgi_scope
         self._raw_receive = receive
@@ -80,13 +78,23 @@ class ResponseGate:
         self._lock: asyncio.Lock | None = None
         self._failure: BaseException | None = None
         self._outer_exception = sys.exception()
+        self._hides_exceptions = hides_exceptions
+        self._commit_error_response = commit_error_response
 
     # ---------------------------------------------------------------- the request's way
 
     async def run(self, app: ASGIApp) -> Any:
         """Run the app to its end, and end what it left open."""
         try:
-            result = await self._answer(app)
+            try:
+                result = await app(self._asgi_scope, self.receive, self.send)
+            except Exception:
+                if self._failure is None:
+                    raise
+                result = await self._answer_failure(self._failure)
+            else:
+                if self._failure is not None:  # raised by our send(), and swallowed
+                    result = await self._answer_failure(self._failure)
         except BaseException as error:
             cancellation = await self._close(Cause.RAISED)
             if cancellation is not None and not isinstance(error, asyncio.CancelledError):
@@ -97,34 +105,28 @@ class ResponseGate:
             raise cancellation
         return result
 
-    async def _answer(self, app: ASGIApp) -> Any:
-        """Run the app; where its response did not get committed, answer in its place."""
-        result = error = None
-        try:
-            result = await app(self._asgi_scope, self.receive, self.send)
-        except BaseException as raised:  # noqa: BLE001 - raised again below
-            error = raised
-        failure = self._failure
-        try:
-            if failure is None or isinstance(error, asyncio.CancelledError):
-                if error is not None:
-                    raise error
-                return result
-            if self._phase is not Phase.RESPONSE:
-                raise failure
-            # The head that failed never went out, and the app has been unwound.
+    async def _answer_failure(self, failure: BaseException) -> Any:
+        """Answer in the place of an app whose response did not get committed.
+
+        Its head never went out, and the app has been unwound.
+
+        Raises:
+            BaseException: *failure*, where nobody renders it: the server's 500. Also after a head:
+                a body whose transaction failed ends torn.
+        """
+        self._outer_exception = sys.exception()
+        responder = None
+        if self._phase is Phase.RESPONSE:
             await self._settle_all(Cause.RAISED)
             responder = self._find_responder(failure)
-            if responder is None:
-                raise failure
-            logger.error("%s: %s", self._scopes[0].label, failure, exc_info=failure)
-            self._failure = None
-            result = await responder(self._asgi_scope, self.receive, self.send)
-            if self._failure is not None:
-                raise self._failure
-            return result
-        finally:
-            error = failure = None  # an error's traceback holds this frame: no cycle
+        if responder is None:
+            raise failure from failure.__cause__
+        logger.error("%s: %s", self._scopes[0].label, failure, exc_info=failure)
+        self._failure = None
+        result = await responder(self._asgi_scope, self.receive, self.send)
+        if self._failure is not None:
+            raise self._failure
+        return result
 
     async def receive(self) -> Message:
         """The app's ``receive``: passes a message on; a client that left ends the body's work."""
@@ -143,7 +145,7 @@ class ResponseGate:
         """The app's ``send``: passes a message on, after settling what it puts an end to."""
         if self._failure is None and (self._lock is None or not self._lock.locked()):
             for scope in self._scopes:
-                if not scope.is_settled():
+                if scope.use is not None and not scope.is_settled():
                     break
             else:
                 self._note(message)
@@ -155,9 +157,10 @@ class ResponseGate:
             if self._failure is not None and not self._answers_failure(message):
                 raise self._failure
             try:
-                if self._phase is Phase.RESPONSE and _type_of(message) == "http.response.start":
+                kind = _type_of(message)
+                if self._phase is Phase.RESPONSE and kind == "http.response.start":
                     await self._settle_head(message, exception)
-                elif self._phase is Phase.BODY and self._is_last(message):
+                elif self._phase is Phase.BODY and self._is_last(kind, message):
                     await self._settle_all(Cause.COMPLETED)
             except Exception as error:
                 self._failure = error
@@ -204,7 +207,7 @@ class ResponseGate:
         """Close every scope, and return a cancellation that arrived meanwhile."""
         cancellation: asyncio.CancelledError | None = None
         for scope in self._scopes:
-            if scope.is_settled():
+            if scope.use is None or scope.is_settled():
                 scope.close_settled()
                 continue
             try:
@@ -221,19 +224,22 @@ class ResponseGate:
 
     def _note(self, message: Message) -> None:
         """Follow the response's phases."""
+        kind = _type_of(message)
         if self._phase is Phase.RESPONSE:
-            if _type_of(message) == "http.response.start":
+            if kind == "http.response.start":
                 self._phase = Phase.BODY
                 self._has_trailers = bool(message.get("trailers", False))
-                for scope in self._scopes:
-                    scope.is_stream_refused = scope.options.stream == "error"
-        elif self._phase is Phase.BODY and self._is_last(message):
+                self._refuse_stream(is_streaming=True)
+        elif self._phase is Phase.BODY and self._is_last(kind, message):
             self._phase = Phase.BACKGROUND
-            for scope in self._scopes:
-                scope.is_stream_refused = False
+            self._refuse_stream(is_streaming=False)
 
-    def _is_last(self, message: Message) -> bool:
-        kind = _type_of(message)
+    def _refuse_stream(self, *, is_streaming: bool) -> None:
+        for scope in self._scopes:
+            if scope.options.stream == "error":
+                scope.is_stream_refused = is_streaming
+
+    def _is_last(self, kind: object, message: Message) -> bool:
         if kind == "http.response.trailers":
             return not message.get("more_trailers", False)
         if self._has_trailers:

@@ -88,12 +88,15 @@ class DBSessionMiddleware:
         self.databases = _check_databases(engine, database, databases)
         self.commit_error_response = commit_error_response
         self._options = [
-            each.options.changed(
-                {
-                    "mode": each.options.mode if mode is None else mode,
-                    "commit_policy": commit_policy,
-                    "stream": stream,
-                }
+            (
+                each,
+                each.options.changed(
+                    {
+                        "mode": each.options.mode if mode is None else mode,
+                        "commit_policy": commit_policy,
+                        "stream": stream,
+                    }
+                ),
             )
             for each in self.databases
         ]
@@ -103,31 +106,28 @@ class DBSessionMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Serve one ASGI scope; what the app returns is returned."""
         kind = scope.get("type")
-        if kind in _SERVED:
-            if self._is_excluded is not None and self._is_excluded(scope):
-                return await self.app(scope, receive, send)
-            return await self._serve(kind, scope, receive, send)
-        if kind == "lifespan":
-            return await self._serve_lifespan(scope, receive, send)
-        return await self.app(scope, receive, send)
-
-    async def _serve(self, kind: str, scope: Scope, receive: Receive, send: Send) -> Any:
-        enclosing: SessionScope[Any] | None = scope.get(KEY)
-        outer = _current.innermost.get()
-        session_scopes: list[SessionScope[Any]] = []
-        for database, options in zip(self.databases, self._options, strict=True):
-            if enclosing is None or not _serves(enclosing, database):
-                outer = SessionScope(database, outer, options, scope)
-                session_scopes.append(outer)
-        if not session_scopes:  # a second instance for the same databases
+        if kind not in _SERVED:
+            if kind == "lifespan":
+                return await self._serve_lifespan(scope, receive, send)
             return await self.app(scope, receive, send)
-        scope[KEY] = outer
-        token = _current.innermost.set(outer)
+        if self._is_excluded is not None and self._is_excluded(scope):
+            return await self.app(scope, receive, send)
+        enclosing: SessionScope[Any] | None = scope.get(KEY)
+        innermost = _current.innermost.get()
+        scopes: list[SessionScope[Any]] = []
+        for database, options in self._options:
+            if enclosing is None or not _serves(enclosing, database):
+                innermost = SessionScope(database, innermost, options, scope)
+                scopes.append(innermost)
+        if not scopes:  # a second instance for the same databases
+            return await self.app(scope, receive, send)
+        scope[KEY] = innermost
+        token = _current.innermost.set(innermost)
         try:
             if kind == "websocket":
-                return await self._serve_websocket(session_scopes, scope, receive, send)
+                return await self._serve_websocket(scopes, scope, receive, send)
             gate = ResponseGate(
-                session_scopes,
+                scopes,
                 scope,
                 receive,
                 send,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args
 
@@ -33,6 +33,8 @@ class ScopeOptions:
 
         read_only: Whether the database itself refuses writes.
 
+        shapes_nothing: Whether a transaction begins just as the engine does it.
+
     Raises:
         ConfigurationError: If a value is unknown, or two of them exclude each other.
     """
@@ -42,8 +44,13 @@ class ScopeOptions:
     stream: Stream = "release"
     isolation_level: str | None = None
     read_only: bool = False
+    shapes_nothing: bool = field(init=False, compare=False, repr=False, default=True)
 
     def __post_init__(self) -> None:
+        shapes_nothing = (
+            self.mode != "autocommit" and self.isolation_level is None and not self.read_only
+        )
+        object.__setattr__(self, "shapes_nothing", shapes_nothing)  # it is frozen
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("stream", self.stream, get_args(Stream))
         _check_policy(self.commit_policy)
@@ -57,11 +64,6 @@ class ScopeOptions:
                 "apply to; use mode='transaction' with them, or leave them out."
             )
             raise ConfigurationError(msg)
-
-    @property
-    def shapes_nothing(self) -> bool:
-        """Whether a transaction begins just as the engine does it."""
-        return self.mode != "autocommit" and self.isolation_level is None and not self.read_only
 
     def changed(self, changes: dict[str, Any]) -> ScopeOptions:
         """A copy with *changes*, validated."""

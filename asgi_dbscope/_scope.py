@@ -35,13 +35,17 @@ _creation = Lock()
 """Held while a scope makes its session: two worker threads may ask for it at the same time."""
 
 
-class SessionScope(Generic[S]):
+class SessionScope(Lifecycle, Generic[S]):
     """The span that one session serves: a request, a job, a block.
 
     You don't make one yourself: the middleware does, or ``async with db.session_scope()``.
     Get the current one with :func:`.current_scope`.
 
     Attributes:
+        state: Where the scope is in its life.
+
+        outcome: What became of its last transaction.
+
         database: Whose session it is.
 
         outer: The scope around it, of the same or another database.
@@ -49,19 +53,20 @@ class SessionScope(Generic[S]):
         options: How it treats its transactions.
 
         loop: The event loop it was opened in; ``None`` outside of asyncio.
+
+        use: Who is inside the session; ``None`` as long as there is no session.
     """
 
     __slots__ = (
         "__weakref__",
         "_asgi_scope",
-        "_lifecycle",
         "_session",
-        "_use",
         "database",
         "is_stream_refused",
         "loop",
         "options",
         "outer",
+        "use",
     )
 
     def __init__(
@@ -71,32 +76,27 @@ class SessionScope(Generic[S]):
         options: ScopeOptions,
         asgi_scope: Scope | None = None,
     ) -> None:
+        self.state = State.IDLE
+        self.outcome = Outcome.NOT_BEGUN
         self.database = database
         self.outer = outer
         self.options = options
-        self.loop = _running_loop()
+        self.loop: asyncio.AbstractEventLoop | None
+        try:
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:  # an app under Trio, which does well as long as it uses no session
+            self.loop = None
         self.is_stream_refused = False
         self._asgi_scope = asgi_scope
-        self._lifecycle = Lifecycle()
         self._session: S | None = None
-        self._use: SessionUse | None = None
+        self.use: SessionUse | None = None
 
     # ---------------------------------------------------------------- what users see
 
     @property
-    def state(self) -> State:
-        """Where the scope is in its life."""
-        return self._lifecycle.state
-
-    @property
-    def outcome(self) -> Outcome:
-        """What became of the scope's last transaction."""
-        return self._lifecycle.outcome
-
-    @property
     def is_over(self) -> bool:
         """Whether the scope has ended."""
-        return self._lifecycle.state is State.CLOSED
+        return self.state is State.CLOSED
 
     @property
     def has_session(self) -> bool:
@@ -106,7 +106,7 @@ class SessionScope(Generic[S]):
     @property
     def is_rollback_only(self) -> bool:
         """Whether :meth:`set_rollback_only` was called."""
-        return self._lifecycle.state in ROLLBACK_ONLY
+        return self.state in ROLLBACK_ONLY
 
     @property
     def label(self) -> str:
@@ -118,7 +118,7 @@ class SessionScope(Generic[S]):
         return f"{method} {asgi_scope.get('path', '?')}"
 
     def __repr__(self) -> str:
-        return f"<SessionScope {self._lifecycle.state.name} {self.label}>"
+        return f"<SessionScope {self.state.name} {self.label}>"
 
     @property
     def session(self) -> S:
@@ -174,7 +174,7 @@ class SessionScope(Generic[S]):
 
     def check_open(self) -> None:
         """Refuse use after the end."""
-        if self._lifecycle.state is State.CLOSED:
+        if self.state is State.CLOSED:
             self.refuse_late_use()
 
     def refuse_late_use(self) -> NoReturn:
@@ -193,7 +193,7 @@ class SessionScope(Generic[S]):
         Raises:
             RollbackOnlyError: If the scope never commits.
         """
-        if self._lifecycle.state in ROLLBACK_ONLY:
+        if self.state in ROLLBACK_ONLY:
             msg = (
                 f"{self!r} was set rollback-only, and COMMIT was asked for. Nothing was committed; "
                 "leave the ending to the scope, or don't call set_rollback_only()."
@@ -201,22 +201,21 @@ class SessionScope(Generic[S]):
             raise RollbackOnlyError(msg)
         self.advance(Event.COMMIT_SENT)
 
-    def advance(self, event: Event) -> None:
-        """Take note of *event*."""
-        before = self._lifecycle.advance(event)
+    def advance(self, event: Event) -> State:
+        """Take note of *event*, with a line in the debug log."""
+        before = super().advance(event)
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: %s -> %s", self.label, before.name, self._lifecycle.state.name)
+            logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
+        return before
 
     # ---------------------------------------------------------------- the driver
 
     def is_settled(self) -> bool:
         """Whether there is no open transaction to end."""
-        session, use = self._session, self._use
-        return (
-            session is None
-            or use is None
-            or not (session.sync_session.in_transaction() or use.has_lost)
-        )
+        session, use = self._session, self.use
+        if session is None or use is None:
+            return True
+        return not (session.sync_session.in_transaction() or use.has_lost)
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*."""
@@ -236,7 +235,7 @@ class SessionScope(Generic[S]):
             ConcurrentSessionUseError: If another task went on using the session, so that COMMIT
                 could not be sent.
         """
-        session, use = self._session, self._use
+        session, use = self._session, self.use
         if session is None or use is None:
             return None
         if use.has_lost:
@@ -253,8 +252,8 @@ class SessionScope(Generic[S]):
         A statement that is under way is about to be cancelled by the framework, and isn't waited
         for: the rollback follows it.
         """
-        if self._use is not None and self._use.is_busy:
-            self._use.is_torn = True
+        if self.use is not None and self.use.is_busy:
+            self.use.is_torn = True
         elif not self.is_settled():
             await self.settle(Ending.ROLLBACK)
 
@@ -264,8 +263,8 @@ class SessionScope(Generic[S]):
         Returns:
             A cancellation that arrived meanwhile, which the caller has to pass on.
         """
-        if self._use is not None:
-            self._use.is_closing = True
+        if self.use is not None:
+            self.use.is_closing = True
         try:
             return await self.settle(ending)
         finally:
@@ -274,8 +273,11 @@ class SessionScope(Generic[S]):
     def close_settled(self) -> None:
         """Close a scope whose transaction is over: no I/O, so nothing to wait for."""
         session, self._session = self._session, None
-        use, self._use = self._use, None
-        if self._lifecycle.state in OPEN:
+        use, self.use = self.use, None
+        if session is None and self.state is State.IDLE:
+            self.state = State.CLOSED  # the table's step, without its price
+            return
+        if self.state in OPEN:
             # Abandoned: whoever still has the connection throws it away; the server rolls back.
             self.advance(Event.ROLLED_BACK)
         self.advance(Event.CLOSED)
@@ -367,13 +369,6 @@ class SessionScope(Generic[S]):
             raise WebSocketSessionError(msg)
         with _creation:
             if self._session is None:
-                self._use = SessionUse(self)
-                self._session = self.database.make_session(self._use)
+                self.use = SessionUse(self)
+                self._session = self.database.make_session(self.use)
             return self._session
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:  # an app under Trio, which does well as long as it uses no session
-        return None
