@@ -305,8 +305,8 @@ async def measure_memory(
         traced = tracemalloc.get_traced_memory()[0] - traced
         tracemalloc.stop()
         gc.disable()
-        await serve(each.app, 100)
-        cyclic = gc.collect() / 100
+        await serve(each.app, number // 10)
+        cyclic = gc.collect() / (number // 10)
         gc.enable()
         found.append(
             {
@@ -470,7 +470,7 @@ def report_costs(url: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def report_memory(url: str, options: argparse.Namespace) -> dict[str, Any]:
-    requests = dict.fromkeys(ROWS, 200 if options.quick else 20_000)
+    requests = dict.fromkeys(ROWS, 100 if options.quick else 20_000)
     requests["none"] = 2_000 if options.quick else 200_000
 
     async def measure(running: list[Contestant]) -> list[dict[str, Any]]:
