@@ -353,10 +353,12 @@ def guarantees(content: Sequence[str], root: Path = ROOT) -> str:
     rows = []
     for each in read_guarantees(content):
         counts = Counter(test.path for test in tests.get(each.name, ()))
-        files = ", ".join(f"{code(path)} ({count})" for path, count in sorted(counts.items()))
-        state = each.state if each.state == "not yet" else f"{each.state}, tests: {files}"
-        rows.append([f"**{each.name}**", each.promise, state])
-    return table(["", "promise", "state"], rows)
+        files = (
+            f"{code(path.removeprefix('tests/'))} ({count})"
+            for path, count in sorted(counts.items())
+        )
+        rows.append([f"**{each.name}**", each.promise, each.state, ", ".join(files)])
+    return table(["", "promise", "state", "tests, how many in which file"], rows)
 
 
 def shown_by(_content: Sequence[str] = (), root: Path = ROOT) -> str:

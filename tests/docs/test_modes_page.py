@@ -28,6 +28,9 @@ def watch() -> Any:
         async def __call__(self, scope, receive, send):
             try:
                 await self.app(scope, receive, send)
+            except ExceptionGroup as group:  # older Starlettes stream in a task group
+                self.errors.extend(group.exceptions)
+                raise
             except Exception as error:
                 self.errors.append(error)
                 raise

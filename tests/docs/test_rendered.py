@@ -157,8 +157,9 @@ def test_tests_name_guarantees_that_exist(rendered):
 
 def test_table_of_guarantees_lists_the_files_of_their_tests(rendered, tmp_path):
     """The table counts, by file, the tests whose docstrings name a guarantee."""
-    (tmp_path / "tests").mkdir()
-    (tmp_path / "tests" / "test_x.py").write_text(
+    (tmp_path / "tests" / "asgi").mkdir(parents=True)
+    (tmp_path / "tests" / "test_y.py").write_text('def test_e():\n    """G1: three."""\n')
+    (tmp_path / "tests" / "asgi" / "test_x.py").write_text(
         'def test_a():\n    """G1, G3: one."""\n'
         'async def test_b():\n    """G1: two."""\n'
         'def test_c():\n    """G10 is not named by this one."""\n'
@@ -173,12 +174,12 @@ def test_table_of_guarantees_lists_the_files_of_their_tests(rendered, tmp_path):
     ]
 
     assert [
-        ["", "promise", "state"],
-        ["**G1**", "First.", "held, tests: `tests/test_x.py` (2)"],
-        ["**G2**", "Second, going on.", "not yet"],
-        ["**G3**", "Third.", "partly, tests: `tests/test_x.py` (1)"],
+        ["", "promise", "state", "tests, how many in which file"],
+        ["**G1**", "First.", "held", "`asgi/test_x.py` (2), `test_y.py` (1)"],
+        ["**G2**", "Second, going on.", "not yet", ""],
+        ["**G3**", "Third.", "partly", "`asgi/test_x.py` (1)"],
     ] == rendered.read_table(rendered.guarantees(content, tmp_path))
-    assert {"G1": ["one.", "two."], "G3": ["one."]} == {
+    assert {"G1": ["one.", "two.", "three."], "G3": ["one."]} == {
         name: [test.sentence for test in tests]
         for name, tests in rendered.find_tests(tmp_path).items()
     }
