@@ -20,7 +20,7 @@ from asgi_dbscope._demo.server import bind, serve
 from asgi_dbscope._demo.steps import STEPS, Step
 from asgi_dbscope._demo.store import open_stores
 from asgi_dbscope._demo.table import Printer
-from asgi_dbscope._demo.tour import Site, visit
+from asgi_dbscope._demo.tour import Site, Visit, visit
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -98,7 +98,8 @@ class Demo:
             stores = await stack.enter_async_context(
                 open_stores(self.url, directory, keep=self.keep)
             )
-            sites = []
+            logging.disable()  # most steps are about errors: they are shown, and not logged too
+            sites: list[Site] = []
             for (name, make), store, listener in zip(APPS.items(), stores, listeners, strict=True):
                 recorder = Recorder(make(store.sessions))
                 url = await stack.enter_async_context(serve(recorder, listener))
@@ -114,12 +115,9 @@ class Demo:
 
     async def _tour(self, sites: list[Site], printer: Printer) -> int:
         """Visit every step; the exit status."""
-        # Most of the steps are about errors: they are what is shown, not what is logged.
-        logging.getLogger("asgi_dbscope").setLevel(logging.CRITICAL)
-        visits = []
+        visits: list[list[Visit]] = []
         for number, step in enumerate(self.steps, 1):
             visits.append([await visit(site, step) for site in sites])
             printer.print_step(number, visits[-1])
         printer.print_summary(visits)
-        logging.getLogger("asgi_dbscope").setLevel(logging.NOTSET)
         return 0 if all(ours.is_kept for ours, _ in visits) else 1

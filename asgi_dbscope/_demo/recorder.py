@@ -119,13 +119,20 @@ def watch(engine: AsyncEngine) -> None:
 
         event.listen(engine.sync_engine, name, note_of_request)
 
-    listen("checkout", lambda exchange, *_: exchange.mark("checkout"))
-    listen("begin", lambda exchange, _: exchange.mark("BEGIN"))
+    listen("checkout", _marking("checkout"))
+    listen("begin", _marking("BEGIN"))
     listen("commit", _note_commit_sent)
-    listen("rollback", lambda exchange, _: exchange.mark("ROLLBACK"))
+    listen("rollback", _marking("ROLLBACK"))
     listen("reset", _note_reset)
-    listen("checkin", lambda exchange, *_: exchange.mark("checkin"))
+    listen("checkin", _marking("checkin"))
     listen("handle_error", _note_error)
+
+
+def _marking(name: str) -> Callable[..., None]:
+    def note(exchange: Exchange, *_: object) -> None:
+        exchange.mark(name)
+
+    return note
 
 
 def _note_commit_sent(exchange: Exchange, _: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import uvicorn
 from asgi_dbscope._demo.store import DemoError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncGenerator, Generator
 
 HOST = "127.0.0.1"
 
@@ -24,7 +25,7 @@ class Server(uvicorn.Server):
     """A uvicorn that leaves signals to the command."""
 
     @contextmanager
-    def capture_signals(self) -> Iterator[None]:
+    def capture_signals(self) -> Generator[None]:
         """Capture none."""
         yield
 
@@ -39,13 +40,13 @@ def bind(port: int) -> socket.socket:
         return socket.create_server((HOST, port))
     except OSError as error:
         raise DemoError(
-            f"Port {port} on {HOST} can't be had ({error.strerror}); "
+            f"Port {port} on {HOST} can't be had ({os.strerror(error.errno or 0)}); "
             "choose another with --port, or any free one with --port 0."
         ) from None
 
 
 @asynccontextmanager
-async def serve(app: Any, listener: socket.socket) -> AsyncIterator[str]:
+async def serve(app: Any, listener: socket.socket) -> AsyncGenerator[str]:
     """Serve *app* on *listener* as long as the block lasts; its base URL."""
     config = uvicorn.Config(
         app,

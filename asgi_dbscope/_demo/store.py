@@ -7,7 +7,6 @@ import secrets
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-import aiosqlite  # noqa: F401 - so that it is missed in time
 from sqlalchemy import URL, NullPool, delete, event, func, insert, make_url, select
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import (
@@ -31,11 +30,18 @@ from asgi_dbscope._demo.ledger import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncGenerator
     from pathlib import Path
+
+    from sqlalchemy import Connection, PoolProxiedConnection
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
 COUNTED = {"transfers": Transfer, "entries": Entry, "pages": Page, "receipts": Receipt}
 """The tables that the tour counts rows of."""
+
+DRIVERS = ("postgresql+asyncpg", "postgresql+psycopg")
+"""What ``--url`` may name."""
 
 TIMEOUT = 10.0
 """Seconds that a database may take to make the tables, or to drop them."""
@@ -60,6 +66,9 @@ class Store:
         self.sessions: async_sessionmaker[AsyncSession] = async_sessionmaker(
             self.engine, expire_on_commit=False, sync_session_class=recorder.RecordedSession
         )
+        self._out: dict[ConnectionPoolEntry, PoolProxiedConnection] = {}
+        event.listen(self.engine.sync_engine, "checkout", self._note_checkout)
+        event.listen(self.engine.sync_engine, "checkin", self._note_checkin)
         recorder.watch(self.engine)
         self._observer = self._connect(url, poolclass=NullPool)
 
@@ -76,7 +85,15 @@ class Store:
 
     def held(self) -> int:
         """How many connections the app has out of its pool now."""
-        return self.engine.pool.checkedout()  # type: ignore[attr-defined,no-any-return]
+        return len(self._out)
+
+    def _note_checkout(
+        self, _: DBAPIConnection, entry: ConnectionPoolEntry, proxy: PoolProxiedConnection
+    ) -> None:
+        self._out[entry] = proxy
+
+    def _note_checkin(self, _: DBAPIConnection | None, entry: ConnectionPoolEntry) -> None:
+        self._out.pop(entry, None)
 
     async def create(self) -> None:
         """Make the tables."""
@@ -87,12 +104,19 @@ class Store:
 
     async def reset(self) -> None:
         """Put everything back to the beginning."""
+        await self._reclaim()
         async with self._observer.begin() as connection:
             for table in reversed(Base.metadata.sorted_tables):
                 await connection.execute(delete(table))
             for name, balance in OPENING_BALANCES.items():
                 await connection.execute(insert(Account).values(name=name, opening_balance=balance))
             await connection.execute(insert(Label).values(name="rent"))
+
+    async def _reclaim(self) -> None:
+        """Throw away the connections that the app leaked: they may hold locks."""
+        for proxy in list(self._out.values()):
+            async with self._observer.connect() as connection:
+                await connection.run_sync(_invalidate, proxy)
 
     async def rows(self) -> dict[str, int]:
         """How many rows there are, for whoever else looks."""
@@ -104,6 +128,7 @@ class Store:
 
     async def close(self, *, keep: bool) -> None:
         """Give every connection back to the database, and drop the schema."""
+        await self._reclaim()
         await self.engine.dispose()
         if self.schema is None or keep:
             return
@@ -119,7 +144,7 @@ class Store:
 @asynccontextmanager
 async def open_stores(
     url: str | None, directory: Path, *, keep: bool
-) -> AsyncIterator[list[Store]]:
+) -> AsyncGenerator[list[Store]]:
     """Two stores, for the two apps: files in *directory*, or schemas of the database at *url*.
 
     Raises:
@@ -149,22 +174,14 @@ def _open_postgresql(text: str, schema: str) -> Store:
         raise DemoError(
             "The URL can't be read; it looks like postgresql+asyncpg://user:password@host/name"
         ) from None
-    if url.get_backend_name() != "postgresql":
-        raise DemoError(
-            f"--url takes a PostgreSQL database, not {url.drivername}; without --url the demo "
-            "makes an SQLite file of its own."
-        )
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+asyncpg")
-    try:
-        return Store(url, schema)
-    except ModuleNotFoundError as error:
+    if url.drivername not in DRIVERS:
         raise DemoError(
-            f"{url.drivername} needs {error.name}, which is not installed: "
-            "pip install 'asgi-dbscope[postgresql]'"
-        ) from None
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is one line
-        raise DemoError(f"No engine for {url.drivername}: {_first_line(error)}") from None
+            f"--url takes {' or '.join(DRIVERS)}, not {url.drivername}; "
+            "without --url the demo makes an SQLite file of its own."
+        )
+    return Store(url, schema)
 
 
 async def _create(store: Store) -> None:
@@ -175,6 +192,10 @@ async def _create(store: Store) -> None:
         raise DemoError(
             f"The database {store.engine.url!r} can't be used: {_first_line(error)}"
         ) from None
+
+
+def _invalidate(_: Connection, proxy: PoolProxiedConnection) -> None:
+    proxy.invalidate()
 
 
 def _first_line(error: BaseException) -> str:

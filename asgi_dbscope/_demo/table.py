@@ -52,7 +52,7 @@ class Printer:
         self.print()
         self.print(f"{number}. {step.title}  [{step.guarantees}]", "bold")
         self.console.print(step.note, style="dim", markup=False)
-        self.print(f"{method} {path} {json.dumps(body) if body else ''}".rstrip(), "blue")
+        self.print(f"{method} {path} {json.dumps(body) if body else ''}".rstrip())
         table = Table("", *self.names, box=self.box, show_lines=True, expand=True)
         table.columns[0].width = 8
         for column in table.columns[1:]:
