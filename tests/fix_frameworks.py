@@ -1,5 +1,6 @@
 """Pytest plugin: the ways to put the middleware on a framework's app."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -26,3 +27,37 @@ def install(request: pytest.FixtureRequest) -> Install:
     """Put the middleware on an app of Starlette's or FastAPI's; returns what is to be served."""
     way: Install = request.param
     return way
+
+
+def answering_disconnect(app: Any) -> Any:
+    """What servers do, and hand-driven requests don't: once all is sent, the client is gone."""
+
+    async def answering(scope: Any, receive: Any, send: Any) -> Any:
+        complete = asyncio.Event()
+        waiting: asyncio.Task[Any] | None = None
+
+        async def receive_until_complete() -> Any:
+            nonlocal waiting
+            waiting = waiting or asyncio.create_task(receive())
+            ended = asyncio.create_task(complete.wait())
+            try:
+                await asyncio.wait([waiting, ended], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                ended.cancel()
+            if not waiting.done():
+                return {"type": "http.disconnect"}
+            message, waiting = waiting.result(), None
+            return message
+
+        async def send_and_see(message: Any) -> None:
+            await send(message)
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                complete.set()
+
+        try:
+            return await app(scope, receive_until_complete, send_and_see)
+        finally:
+            if waiting is not None:
+                waiting.cancel()
+
+    return answering
