@@ -53,7 +53,7 @@ class Counted(AsyncSession):
 
 
 async def test_request_without_the_session_costs_nothing(engine, timeline):
-    """G5: a request that doesn't use the session costs no session object, no connection, no task."""
+    """G5: a request that doesn't use the session costs no session, no connection and no task."""
     Counted.made = 0
     db = Database(async_sessionmaker(engine, class_=Counted))
     tasks: list[str] = []
