@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from asgi_dbscope._demo.steps import Facts
     from asgi_dbscope._demo.tour import Visit
 
+WIDTH = 112
+"""The most columns that a step takes: wider is only emptier."""
+
 STYLES = {
     "checkout": "dim",
     "checkin": "dim",
@@ -53,7 +56,8 @@ class Printer:
         self.print(f"{number}. {step.title}  [{step.guarantees}]", "bold")
         self.console.print(step.note, style="dim", markup=False)
         self.print(f"{method} {path} {json.dumps(body) if body else ''}".rstrip())
-        table = Table("", *self.names, box=self.box, show_lines=True, expand=True)
+        width = min(self.console.width, WIDTH)
+        table = Table("", *self.names, box=self.box, show_lines=True, width=width)
         table.columns[0].width = 8
         for column in table.columns[1:]:
             column.ratio = 1
