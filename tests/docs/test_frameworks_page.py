@@ -1,17 +1,20 @@
 """Frameworks: each example does what the page says."""
 
+from typing import Any
+
 import pytest
-from litestar import Litestar
+from litestar import Litestar, Response
 from litestar import post as litestar_post
 from litestar.di import Provide
 from litestar.exceptions import NotFoundException
 from litestar.middleware import DefineMiddleware
 from quart import Quart, abort
+from sqlalchemy.exc import IntegrityError
 
 from asgi_dbscope import DBSessionMiddleware, current_session
 from tests.docs.blocks import runs
 from tests.fix_asgi import http_scope
-from tests.fix_database import Item
+from tests.fix_database import Child, Item
 
 ORDERS = "SELECT item FROM orders"
 TABLES = "tutorial.md/tables"
@@ -73,6 +76,25 @@ async def test_litestar_shows_what_was_raised(db, drive, rows, is_wrapped):
 
     assert 404 == exchange.status
     assert [] == await rows()
+
+
+@pytest.mark.parametrize("is_wrapped", [False, True], ids=["defined", "wrapped"])
+async def test_litestar_renders_a_failed_commit(db, drive, is_wrapped):
+    """G2: Litestar's own exception handler for the database's error answers a failed commit."""
+
+    @litestar_post("/")
+    async def answer() -> None:
+        current_session().add(Child(id=1, item_id=404))
+
+    def refuse(request: Any, error: Exception) -> Response[dict[str, str]]:
+        return Response({"detail": "that conflicts"}, status_code=409)
+
+    app = in_litestar(
+        db, answer, is_wrapped=is_wrapped, exception_handlers={IntegrityError: refuse}
+    )
+    exchange = await drive(app, http_scope("/", "POST"))
+
+    assert (409, b'{"detail":"that conflicts"}') == (exchange.status, exchange.body)
 
 
 @pytest.mark.filterwarnings("ignore:.*Inferred dependency field")
