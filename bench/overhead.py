@@ -72,6 +72,7 @@ ROWS = {
     "none": "no database",
     "unused": "session obtained, not used",
     "select": "one SELECT",
+    "commit": "one SELECT, committed",
     "insert": "one INSERT, committed",
 }
 
@@ -81,55 +82,60 @@ async def answer(send: Any, body: bytes) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def contestants(by_hand: AsyncEngine, ours: AsyncEngine) -> list[Contestant]:
-    """The two engines have one database; each has only its own side's listeners."""
-    session_factory = async_sessionmaker(by_hand, expire_on_commit=False)
-    database = Database(ours)
+async def bare(_scope: Any, _receive: Any, send: Any) -> None:
+    await answer(send, b"item")
 
-    async def bare(_scope: Any, _receive: Any, send: Any) -> None:
-        await answer(send, b"item")
 
-    async def unused_by_hand(_scope: Any, _receive: Any, send: Any) -> None:
+def apps_by_hand(engine: AsyncEngine) -> dict[str, App]:
+    session_factory = async_sessionmaker(engine, expire_on_commit=False)
+
+    async def unused(_scope: Any, _receive: Any, send: Any) -> None:
         async with session_factory():
             pass
         await answer(send, b"item")
 
-    async def unused(_scope: Any, _receive: Any, send: Any) -> None:
-        current_session()
-        await answer(send, b"item")
-
-    async def select_by_hand(_scope: Any, _receive: Any, send: Any) -> None:
+    async def select_(_scope: Any, _receive: Any, send: Any) -> None:
         async with session_factory() as session:
             name = await session.scalar(SELECT)
         await answer(send, name.encode())
 
-    async def select_(_scope: Any, _receive: Any, send: Any) -> None:
-        name = await current_session().scalar(SELECT)
+    async def commit(_scope: Any, _receive: Any, send: Any) -> None:
+        async with session_factory.begin() as session:
+            name = await session.scalar(SELECT)
         await answer(send, name.encode())
 
-    async def insert_by_hand(_scope: Any, _receive: Any, send: Any) -> None:
+    async def insert(_scope: Any, _receive: Any, send: Any) -> None:
         async with session_factory() as session:
             session.add(Item(name="item"))
             await session.commit()
         await answer(send, b"item")
 
+    return {"none": bare, "unused": unused, "select": select_, "commit": commit, "insert": insert}
+
+
+def our_apps(engine: AsyncEngine) -> dict[str, App]:
+    database = Database(engine)
+
+    async def unused(_scope: Any, _receive: Any, send: Any) -> None:
+        current_session()
+        await answer(send, b"item")
+
+    async def select_(_scope: Any, _receive: Any, send: Any) -> None:
+        name = await current_session().scalar(SELECT)
+        await answer(send, name.encode())
+
     async def insert(_scope: Any, _receive: Any, send: Any) -> None:
         current_session().add(Item(name="item"))
         await answer(send, b"item")
 
-    def wrapped(app: App) -> App:
-        return DBSessionMiddleware(app, database=database)
+    apps = {"none": bare, "unused": unused, "select": select_, "commit": select_, "insert": insert}
+    return {row: DBSessionMiddleware(app, database=database) for row, app in apps.items()}
 
-    return [
-        Contestant("none", HAND, bare),
-        Contestant("none", OURS, wrapped(bare)),
-        Contestant("unused", HAND, unused_by_hand),
-        Contestant("unused", OURS, wrapped(unused)),
-        Contestant("select", HAND, select_by_hand),
-        Contestant("select", OURS, wrapped(select_)),
-        Contestant("insert", HAND, insert_by_hand),
-        Contestant("insert", OURS, wrapped(insert)),
-    ]
+
+def contestants(by_hand: AsyncEngine, ours: AsyncEngine, rows: list[str]) -> list[Contestant]:
+    """The two engines have one database; each has only its own side's listeners."""
+    columns = {HAND: apps_by_hand(by_hand), OURS: our_apps(ours)}
+    return [Contestant(row, column, columns[column][row]) for row in rows for column in columns]
 
 
 async def receive() -> dict[str, Any]:
@@ -180,7 +186,7 @@ async def contest(url: str, only: list[str]) -> Any:
         await connection.run_sync(Base.metadata.create_all)
         await connection.execute(Item.__table__.insert().values(name="item"))  # id 1
     try:
-        running = [each for each in contestants(*engines) if each.row in only]
+        running = contestants(*engines, only)
         for each in running:
             await check(each.app)
         yield running
