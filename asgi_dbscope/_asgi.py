@@ -12,6 +12,9 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[Any]]
 
+AnyASGIApp: TypeAlias = Callable[[Any, Any, Any], Awaitable[Any]]
+"""An app by whatever types its framework has for ASGI's."""
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:

@@ -17,7 +17,7 @@ from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Generator
+    from collections.abc import Callable, Coroutine, Generator
     from contextvars import Token
     from types import FunctionType, TracebackType
 
@@ -87,7 +87,9 @@ class SessionScopeBlock(Generic[S]):
         self._scope: SessionScope[S] | None = None
         self._token: Token[SessionScope[Any] | None] | None = None
 
-    def __call__(self, function: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
+    def __call__(
+        self, function: Callable[P, Coroutine[Any, Any, R]]
+    ) -> Callable[P, Coroutine[Any, Any, R]]:
         """Decorate a coroutine function: each call runs in a scope of its own."""
         if not inspect.iscoroutinefunction(function):
             msg = (

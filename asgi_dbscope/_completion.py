@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import anyio
@@ -35,23 +37,18 @@ async def run_to_completion(
             outranks a cancellation that arrived meanwhile, which is then redelivered.
     """
     loop = asyncio.get_running_loop()
-    task = loop.create_task(operation)
+    task = _start(operation, loop)
     cancellation: asyncio.CancelledError | None = None
-    deadline: asyncio.TimerHandle | None = None
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.shield(task)
-            except asyncio.CancelledError as error:
-                if task.cancelled():
-                    break
-                # Also where the operation ended in the very moment of the cancellation.
-                cancellation = cancellation or error
-                deadline = deadline or loop.call_later(grace, task.cancel)
-            except BaseException:  # noqa: BLE001 - it is the operation's, and raised below
-                break
-    if deadline is not None:
-        deadline.cancel()
+    try:
+        if not task.done():
+            await asyncio.shield(task)
+    except asyncio.CancelledError as error:
+        if not task.cancelled():
+            # Also where the operation ended in the very moment of the cancellation.
+            cancellation = error
+            await _see_through(task, loop, grace)
+    except BaseException:  # noqa: BLE001, S110 - it is the operation's, and raised below
+        pass
     try:
         task.result()
     except asyncio.CancelledError as error:
@@ -60,6 +57,27 @@ async def run_to_completion(
         redeliver(cancellation)
         raise
     return cancellation
+
+
+def _start(
+    operation: Coroutine[object, object, None], loop: asyncio.AbstractEventLoop
+) -> asyncio.Task[None]:
+    """Make a task of *operation*; where Python can, run it to its first wait at once."""
+    if sys.version_info >= (3, 12):
+        return asyncio.Task(operation, loop=loop, eager_start=True)
+    return loop.create_task(operation)
+
+
+async def _see_through(
+    task: asyncio.Task[None], loop: asyncio.AbstractEventLoop, grace: float
+) -> None:
+    """Wait for *task* in a caller that was cancelled, *grace* seconds at most."""
+    deadline = loop.call_later(grace, task.cancel)
+    with anyio.CancelScope(shield=True):  # or anyio would cancel again at every turn of the loop
+        while not task.done():
+            with suppress(BaseException):
+                await asyncio.shield(task)
+    deadline.cancel()
 
 
 def redeliver(cancellation: asyncio.CancelledError | None) -> None:

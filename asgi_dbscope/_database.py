@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
 
 from sqlalchemy import URL
 from sqlalchemy.ext.asyncio import (
@@ -15,14 +15,14 @@ from sqlalchemy.util import ScopedRegistry
 
 from asgi_dbscope import _current, _dialects
 from asgi_dbscope._blocks import SessionHandle, SessionScopeBlock, looks_like_coroutine_function
-from asgi_dbscope._engine import shape_engine
+from asgi_dbscope._engine import shape_engine, watch, watch_engine
 from asgi_dbscope._factory import make_engine, reporting_factory
 from asgi_dbscope._options import ScopeOptions
 from asgi_dbscope._policy import Cause
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
     from asgi_dbscope._policy import Mode
     from asgi_dbscope._scope import SessionScope
@@ -91,10 +91,18 @@ class Database(Generic[S]):
             source = self.owned_engine = make_engine(source)
         self.session_factory: async_sessionmaker[S] = reporting_factory(source)
         self._shaped_engines: dict[tuple[Engine, tuple[tuple[str, Any], ...]], Engine] = {}
+        self._watched_engines: set[Engine] = set()
         self._session_proxy: async_scoped_session[S] | None = None
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {self.session_factory.kw.get('bind')!r}>"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself: Litestar copies what its controllers and routers are given."""
+        return self
 
     # ---------------------------------------------------------------- the current scope
 
@@ -195,6 +203,13 @@ class Database(Generic[S]):
         session = self.session_factory()
         session.sync_session.use = use  # type: ignore[attr-defined]
         return session
+
+    def watch(self, connection: Connection, scope: SessionScope[S]) -> None:
+        """Report to *scope* what goes wrong on *connection*."""
+        if connection.engine not in self._watched_engines:
+            watch_engine(connection.engine)
+            self._watched_engines.add(connection.engine)
+        watch(connection, scope)
 
     def shaped_engine(self, engine: Engine, execution_options: dict[str, Any]) -> Engine:
         """The variant of *engine* with *execution_options*, made once."""

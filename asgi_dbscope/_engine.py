@@ -35,8 +35,10 @@ An entry holds its own key, by the error's traceback, so :func:`unwatch` has to 
 
 
 def watch(connection: Connection, scope: SessionScope[Any]) -> None:
-    """Report to *scope* what goes wrong on *connection*, until :func:`unwatch`."""
-    watch_engine(connection.engine)
+    """Report to *scope* what goes wrong on *connection*, until :func:`unwatch`.
+
+    Its engine is watched by then.
+    """
     _scopes[connection] = scope
 
 

@@ -17,11 +17,20 @@ from asgi_dbscope._policy import Cause, Ending
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from types import FrameType
+    from typing import Protocol
 
-    from asgi_dbscope._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_dbscope._asgi import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._scope import SessionScope
 
-    CommitErrorResponse = Callable[[Scope, BaseException], ASGIApp | None]
+    class GateOwner(Protocol):
+        """What the gate asks of its middleware."""
+
+        commit_error_response: CommitErrorResponse | None
+
+        def hides_exceptions(self) -> bool: ...
+
+    CommitErrorResponse = Callable[[Any, BaseException], AnyASGIApp | None]
 
 logger = logging.getLogger("asgi_dbscope")
 
@@ -43,43 +52,33 @@ _CAUSES = {
 
 
 class ResponseGate:
-    """One request on its way: holds the head back until the transaction is settled."""
+    """One request on its way: holds the head back until the transaction is settled.
 
-    __slots__ = (
-        "_asgi_scope",
-        "_commit_error_response",
-        "_failure",
-        "_has_trailers",
-        "_hides_exceptions",
-        "_lock",
-        "_outer_exception",
-        "_phase",
-        "_raw_receive",
-        "_raw_send",
-        "_scopes",
-    )
+    It knows only of the scopes whose session was asked for; they tell it by :meth:`add`.
+    """
 
-    def __init__(
-        self,
-        scopes: list[SessionScope[Any]],
-        asgi_scope: Scope,
-        receive: Receive,
-        send: Send,
-        *,
-        hides_exceptions: Callable[[], bool],
-        commit_error_response: CommitErrorResponse | None,
-    ) -> None:
-        self._scopes = scopes
+    _phase = Phase.RESPONSE
+    _has_trailers = False
+    _failure: BaseException | None = None
+    _lock: asyncio.Lock | None = None
+
+    def __init__(self, owner: GateOwner, asgi_scope: Scope, receive: Receive, send: Send) -> None:
+        self._owner = owner
         self._asgi_scope = asgi_scope
         self._raw_receive = receive
         self._raw_send = send
-        self._phase = Phase.RESPONSE
-        self._has_trailers = False
-        self._lock: asyncio.Lock | None = None
-        self._failure: BaseException | None = None
+        self._scopes: list[SessionScope[Any]] = []
         self._outer_exception = sys.exception()
-        self._hides_exceptions = hides_exceptions
-        self._commit_error_response = commit_error_response
+
+    @property
+    def is_in_body(self) -> bool:
+        """Whether the head has been sent, and the last body message not."""
+        return self._phase is Phase.BODY
+
+    def add(self, scope: SessionScope[Any]) -> None:
+        """Take note that *scope* has a session now."""
+        self._scopes.append(scope)
+        self._scopes.sort(key=_depth)  # in the order of the middleware's databases
 
     # ---------------------------------------------------------------- the request's way
 
@@ -100,9 +99,10 @@ class ResponseGate:
             if cancellation is not None and not isinstance(error, asyncio.CancelledError):
                 redeliver(cancellation)  # the error under way first
             raise
-        cancellation = await self._close(_CAUSES[self._phase])
-        if cancellation is not None:
-            raise cancellation
+        if self._scopes:
+            cancellation = await self._close(_CAUSES[self._phase])
+            if cancellation is not None:
+                raise cancellation
         return result
 
     async def _answer_failure(self, failure: BaseException) -> Any:
@@ -143,30 +143,44 @@ class ResponseGate:
 
     def send(self, message: Message) -> Awaitable[None]:
         """The app's ``send``: passes a message on, after settling what it puts an end to."""
-        if self._failure is None and (self._lock is None or not self._lock.locked()):
-            for scope in self._scopes:
-                if scope.use is not None and not scope.is_settled():
-                    break
-            else:
-                self._note(message)
-                return self._raw_send(message)
-        return self._settle_and_send(message, sys.exception())
+        if self._scopes and not self._is_settled():
+            return self._settle_and_send(message, sys.exception())
+        try:
+            kind = message["type"]
+        except (TypeError, LookupError):
+            kind = None  # whatever it is, the server knows best how to object
+        if kind == "http.response.body":  # most messages, in line
+            if not message.get("more_body") and not self._has_trailers:
+                self._phase = Phase.BACKGROUND
+        else:
+            self._note(kind, message)
+        return self._raw_send(message)
+
+    def _is_settled(self) -> bool:
+        """Whether a message may pass at once: nothing to settle, nor being settled, nor failed."""
+        if self._failure is not None or (self._lock is not None and self._lock.locked()):
+            return False
+        return all(scope.is_settled() for scope in self._scopes)
 
     async def _settle_and_send(self, message: Message, exception: BaseException | None) -> None:
         async with self._settling():
             if self._failure is not None and not self._answers_failure(message):
                 raise self._failure
+            kind = _type_of(message)
             try:
-                kind = _type_of(message)
                 if self._phase is Phase.RESPONSE and kind == "http.response.start":
                     await self._settle_head(message, exception)
                 elif self._phase is Phase.BODY and self._is_last(kind, message):
                     await self._settle_all(Cause.COMPLETED)
             except Exception as error:
                 self._failure = error
+                if self._phase is Phase.RESPONSE and "litestar_app" in self._asgi_scope:
+                    from asgi_dbscope.integrations.litestar import forget_head
+
+                    forget_head(self._asgi_scope)
                 raise
-            self._note(message)
-        # Outside of the lock: a client that reads slowly holds up nobody but itself.
+            self._note(kind, message)
+        # Not in its turn any more: a client that reads slowly holds up nobody but itself.
         await self._raw_send(message)
 
     # ---------------------------------------------------------------- settling
@@ -186,7 +200,8 @@ class ResponseGate:
                 for scope in self._scopes
                 if not scope.is_settled()
             ]
-            endings.sort(key=lambda each: each[1] is Ending.COMMIT)
+            if len(endings) > 1:
+                endings.sort(key=lambda each: each[1] is Ending.COMMIT)
             for scope, ending in endings:
                 if ending is Ending.ROLLBACK or scope.options.stream != "hold":
                     # The answer stands: let it go out if it can without another wait.
@@ -207,9 +222,6 @@ class ResponseGate:
         """Close every scope, and return a cancellation that arrived meanwhile."""
         cancellation: asyncio.CancelledError | None = None
         for scope in self._scopes:
-            if scope.use is None or scope.is_settled():
-                scope.close_settled()
-                continue
             try:
                 cancellation = await scope.close(scope.decide(cause)) or cancellation
             except asyncio.CancelledError as error:
@@ -218,26 +230,19 @@ class ResponseGate:
                 # Raised here, after the response, it would make the server close a connection on
                 # which the client's next request may be under way already.
                 logger.exception("%s: work after the response was not committed", scope.label)
+        self._scopes.clear()  # they know the gate: no cycle is left to the garbage collector
         return cancellation
 
     # ---------------------------------------------------------------- reading messages
 
-    def _note(self, message: Message) -> None:
+    def _note(self, kind: object, message: Message) -> None:
         """Follow the response's phases."""
-        kind = _type_of(message)
         if self._phase is Phase.RESPONSE:
             if kind == "http.response.start":
                 self._phase = Phase.BODY
-                self._has_trailers = bool(message.get("trailers", False))
-                self._refuse_stream(is_streaming=True)
+                self._has_trailers = message.get("trailers", False)
         elif self._phase is Phase.BODY and self._is_last(kind, message):
             self._phase = Phase.BACKGROUND
-            self._refuse_stream(is_streaming=False)
-
-    def _refuse_stream(self, *, is_streaming: bool) -> None:
-        for scope in self._scopes:
-            if scope.options.stream == "error":
-                scope.is_stream_refused = is_streaming
 
     def _is_last(self, kind: object, message: Message) -> bool:
         if kind == "http.response.trailers":
@@ -254,10 +259,12 @@ class ResponseGate:
             return None  # the server will object to it
         if exception is self._outer_exception:
             exception = None
-        is_raised = exception is not None or (
-            400 <= status < 500 and self._hides_exceptions()  # noqa: PLR2004 - a 4xx
-        )
-        headers = tuple((bytes(name), bytes(value)) for name, value in message.get("headers", ()))
+        is_raised = exception is not None
+        if 400 <= status < 500 and not is_raised:  # noqa: PLR2004 - a 4xx
+            is_raised = _comes_through_base_http_middleware() and self._owner.hides_exceptions()
+        headers = message.get("headers", ())
+        if not isinstance(headers, (list, tuple)):  # a policy's look must not use it up
+            headers = message["headers"] = list(headers)
         return ResponseHead(status, headers, exception, is_raised)
 
     # ---------------------------------------------------------------- failures before the head
@@ -274,7 +281,7 @@ class ResponseGate:
         return False
 
     def _find_responder(self, failure: BaseException) -> ASGIApp | None:
-        render = self._commit_error_response
+        render = self._owner.commit_error_response
         if render is not None:
             try:
                 responder = render(self._asgi_scope, failure)
@@ -295,3 +302,29 @@ _BODY = frozenset({"http.response.body", "http.response.zerocopysend"})
 def _type_of(message: Message) -> object:
     # Whatever the app sends goes on to the server, which knows best how to object.
     return message.get("type") if isinstance(message, dict) else None
+
+
+def _depth(scope: SessionScope[Any]) -> int:
+    depth = 0
+    outer = scope.outer
+    while outer is not None:
+        depth, outer = depth + 1, outer.outer
+    return depth
+
+
+def _comes_through_base_http_middleware() -> bool:
+    """Whether the message being sent came through a ``BaseHTTPMiddleware`` inside.
+
+    It runs the app in a task of its own, so that the exception behind a response can't be seen,
+    and sends the response from its ``__call__``: a frame of the coroutines that wait for this one,
+    wherever it is added: to the app, a mount or a route.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, of CPython
+    while frame is not None and frame.f_code is not ResponseGate.run.__code__:
+        if (
+            frame.f_code.co_name == "__call__"
+            and frame.f_globals.get("__name__") == "starlette.middleware.base"
+        ):
+            return True
+        frame = frame.f_back
+    return False

@@ -150,11 +150,8 @@ class Lifecycle:
         outcome: What became of its last transaction.
     """
 
-    __slots__ = ("outcome", "state")
-
-    def __init__(self) -> None:
-        self.state = State.IDLE
-        self.outcome = Outcome.NOT_BEGUN
+    state = State.IDLE
+    outcome = Outcome.NOT_BEGUN
 
     def advance(self, event: Event) -> State:
         """Take note of *event*.

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from asgi_dbscope._asgi import ASGIApp, Message, Receive, Scope, Send
+    from asgi_dbscope._asgi import AnyASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._gate import CommitErrorResponse
     from asgi_dbscope._policy import CommitPolicy, Mode, Stream
 
     Exclude = str | Iterable[str] | Callable[[Scope], bool]
 
 KEY = "asgi_dbscope"
-"""The key in the ASGI scope under which the request's innermost session scope stands."""
+"""The key in the ASGI scope that says: this very request has been here."""
 
 
 class DBSessionMiddleware:
@@ -67,7 +67,7 @@ class DBSessionMiddleware:
 
     def __init__(
         self,
-        app: ASGIApp,
+        app: AnyASGIApp,
         *,
         engine: AsyncEngine | None = None,
         database: Database[Any] | None = None,
@@ -87,7 +87,7 @@ class DBSessionMiddleware:
         self.app = app
         self.databases = _check_databases(engine, database, databases)
         self.commit_error_response = commit_error_response
-        self._options = [
+        self._databases = [
             (
                 each,
                 each.options.changed(
@@ -103,53 +103,33 @@ class DBSessionMiddleware:
         self._is_excluded = _check_exclude(exclude)
         self._hides_exceptions = _find_exception_hider(app)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> Any:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
         """Serve one ASGI scope; what the app returns is returned."""
         kind = scope.get("type")
-        if kind not in _SERVED:
-            if kind == "lifespan":
-                return await self._serve_lifespan(scope, receive, send)
+        if kind == "lifespan":
+            return await self._serve_lifespan(scope, receive, send)
+        if kind not in _SERVED or (self._is_excluded is not None and self._is_excluded(scope)):
             return await self.app(scope, receive, send)
-        if self._is_excluded is not None and self._is_excluded(scope):
-            return await self.app(scope, receive, send)
-        enclosing: SessionScope[Any] | None = scope.get(KEY)
-        innermost = _current.innermost.get()
-        scopes: list[SessionScope[Any]] = []
-        for database, options in self._options:
-            if enclosing is None or not _serves(enclosing, database):
-                innermost = SessionScope(database, innermost, options, scope)
-                scopes.append(innermost)
-        if not scopes:  # a second instance for the same databases
-            return await self.app(scope, receive, send)
-        scope[KEY] = innermost
-        token = _current.innermost.set(innermost)
+        databases = self._databases
+        if KEY in scope:
+            databases = [each for each in databases if not _is_served(each[0])]
+            if not databases:  # a second instance for the same databases
+                return await self.app(scope, receive, send)
+        scope[KEY] = True
+        gate = ResponseGate(self, scope, receive, send) if kind == "http" else None
+        outer = session_scope = _current.innermost.get()
+        for database, options in databases:
+            session_scope = SessionScope(database, session_scope, options, scope, gate)
+        token = _current.innermost.set(session_scope)
         try:
-            if kind == "websocket":
-                return await self._serve_websocket(scopes, scope, receive, send)
-            gate = ResponseGate(
-                scopes,
-                scope,
-                receive,
-                send,
-                hides_exceptions=self.hides_exceptions,
-                commit_error_response=self.commit_error_response,
-            )
-            return await gate.run(self.app)
+            if gate is not None:
+                return await gate.run(self.app)
+            return await self.app(scope, receive, send)
         finally:
             _current.innermost.reset(token)
-            if enclosing is None:
-                scope.pop(KEY, None)
-            else:
-                scope[KEY] = enclosing
-
-    async def _serve_websocket(
-        self, scopes: list[SessionScope[Any]], scope: Scope, receive: Receive, send: Send
-    ) -> Any:
-        try:
-            return await self.app(scope, receive, send)
-        finally:
-            for session_scope in scopes:
-                session_scope.close_settled()  # it never had a session
+            while session_scope is not None and session_scope is not outer:
+                session_scope.is_over = True
+                session_scope = session_scope.outer
 
     async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> Any:
         owners = [each for each in self.databases if each.owned_engine is not None]
@@ -184,12 +164,9 @@ _END_OF_LIFE = frozenset(
 )
 
 
-def _serves(scope: SessionScope[Any] | None, database: Database[Any]) -> bool:
-    while scope is not None:
-        if scope.database is database:
-            return True
-        scope = scope.outer
-    return False
+def _is_served(database: Database[Any]) -> bool:
+    scope = _current.find_scope(database)
+    return scope is not None and not scope.is_over
 
 
 def _check_databases(

@@ -26,6 +26,7 @@ from asgi_dbscope.errors import (
 if TYPE_CHECKING:
     from asgi_dbscope._asgi import ResponseHead, Scope
     from asgi_dbscope._database import Database
+    from asgi_dbscope._gate import ResponseGate
 
 S = TypeVar("S", bound=AsyncSession)
 
@@ -55,19 +56,14 @@ class SessionScope(Lifecycle, Generic[S]):
         loop: The event loop it was opened in; ``None`` outside of asyncio.
 
         use: Who is inside the session; ``None`` as long as there is no session.
+
+        is_over: Whether the scope has ended.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_asgi_scope",
-        "_session",
-        "database",
-        "is_stream_refused",
-        "loop",
-        "options",
-        "outer",
-        "use",
-    )
+    is_over = False
+    loop: asyncio.AbstractEventLoop | None = None
+    use: SessionUse | None = None
+    _session: S | None = None
 
     def __init__(
         self,
@@ -75,28 +71,25 @@ class SessionScope(Lifecycle, Generic[S]):
         outer: SessionScope[Any] | None,
         options: ScopeOptions,
         asgi_scope: Scope | None = None,
+        gate: ResponseGate | None = None,
     ) -> None:
-        self.state = State.IDLE
-        self.outcome = Outcome.NOT_BEGUN
         self.database = database
         self.outer = outer
         self.options = options
-        self.loop: asyncio.AbstractEventLoop | None
-        try:
-            self.loop = asyncio.get_running_loop()
-        except RuntimeError:  # an app under Trio, which does well as long as it uses no session
-            self.loop = None
-        self.is_stream_refused = False
         self._asgi_scope = asgi_scope
-        self._session: S | None = None
-        self.use: SessionUse | None = None
+        self._gate = gate
+        # An app under Trio has no asyncio loop, and does well as long as it uses no session.
+        try:  # noqa: SIM105 - a context manager costs as much as the rest of this
+            self.loop = asyncio.get_running_loop()
+        except RuntimeError:
+            pass
 
     # ---------------------------------------------------------------- what users see
 
     @property
-    def is_over(self) -> bool:
-        """Whether the scope has ended."""
-        return self.state is State.CLOSED
+    def is_in_body(self) -> bool:
+        """Whether the response's head has been sent, and its last body message not."""
+        return self._gate is not None and self._gate.is_in_body
 
     @property
     def has_session(self) -> bool:
@@ -118,7 +111,8 @@ class SessionScope(Lifecycle, Generic[S]):
         return f"{method} {asgi_scope.get('path', '?')}"
 
     def __repr__(self) -> str:
-        return f"<SessionScope {self.state.name} {self.label}>"
+        state = State.CLOSED if self.is_over else self.state
+        return f"<SessionScope {state.name} {self.label}>"
 
     @property
     def session(self) -> S:
@@ -174,7 +168,7 @@ class SessionScope(Lifecycle, Generic[S]):
 
     def check_open(self) -> None:
         """Refuse use after the end."""
-        if self.state is State.CLOSED:
+        if self.is_over:
             self.refuse_late_use()
 
     def refuse_late_use(self) -> NoReturn:
@@ -204,7 +198,7 @@ class SessionScope(Lifecycle, Generic[S]):
     def advance(self, event: Event) -> State:
         """Take note of *event*, with a line in the debug log."""
         before = super().advance(event)
-        if logger.isEnabledFor(logging.DEBUG):
+        if self.use is None or self.use.is_logged:
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before
 
@@ -274,13 +268,11 @@ class SessionScope(Lifecycle, Generic[S]):
         """Close a scope whose transaction is over: no I/O, so nothing to wait for."""
         session, self._session = self._session, None
         use, self.use = self.use, None
-        if session is None and self.state is State.IDLE:
-            self.state = State.CLOSED  # the table's step, without its price
-            return
         if self.state in OPEN:
             # Abandoned: whoever still has the connection throws it away; the server rolls back.
             self.advance(Event.ROLLED_BACK)
         self.advance(Event.CLOSED)
+        self.is_over = True
         if session is not None and use is not None and not use.is_abandoned:
             session.sync_session.close()
 
@@ -357,7 +349,7 @@ class SessionScope(Lifecycle, Generic[S]):
     # ---------------------------------------------------------------- the session
 
     def _is_websocket(self) -> bool:
-        return self._asgi_scope is not None and self._asgi_scope.get("type") == "websocket"
+        return self._asgi_scope is not None and self._gate is None
 
     def _make_session(self) -> S:
         self.check_open()
@@ -371,4 +363,6 @@ class SessionScope(Lifecycle, Generic[S]):
             if self._session is None:
                 self.use = SessionUse(self)
                 self._session = self.database.make_session(self.use)
+                if self._gate is not None:
+                    self._gate.add(self)
             return self._session

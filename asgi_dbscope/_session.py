@@ -15,7 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, watch
+from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch
 from asgi_dbscope._lifecycle import OPEN, Event
 from asgi_dbscope.errors import ConfigurationError
 
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
 
 STATEMENTS = ("execute", "scalar", "scalars")
 OPERATIONS = (
-    *("get", "get_one", "merge", "refresh", "flush", "commit", "rollback"),
+    *("get", "get_one", "merge", "refresh", "flush"),
     *("begin_nested", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
 )
+ENDINGS = ("commit", "rollback")
 REGISTRATIONS = ("add", "delete")
 
 
@@ -53,6 +54,8 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         namespace[name] = _reporting_statement(getattr(base, name))
     for name in OPERATIONS:
         namespace[name] = _reporting(getattr(base, name))
+    for name in ENDINGS:
+        namespace[name] = _reporting(getattr(base, name), explains=False)
     for name in REGISTRATIONS:
         namespace[name] = _checked(getattr(base, name))
     cls = type(base.__name__, (base,), namespace)
@@ -113,7 +116,7 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     def closing(self: Any) -> None:
         use = self.use
         if use is not None and self.in_transaction():
-            use.check()
+            use.check_loop()
             use.note_loss(self)
             reporting(self)
         else:  # nothing to roll back, so no I/O: it may be closed from anywhere
@@ -124,35 +127,43 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     return closing
 
 
-def _reporting(method: Callable[..., Any]) -> Callable[..., Any]:
+def _reporting(method: Callable[..., Any], *, explains: bool = True) -> Callable[..., Any]:
     @wraps(method)
     def reporting(self: Any, *args: Any, **kwargs: Any) -> Any:
-        use = self.use
+        use: SessionUse | None = self.use
         if use is None:
             return method(self, *args, **kwargs)
-        use.enter()
+        task = use.enter()
         try:
             return method(self, *args, **kwargs)
         except _NO_CONNECTION as error:
-            _explain(use, error)
+            if explains:
+                _explain(use, error)
             raise
         finally:
-            use.leave(self)
+            use.leave(task, self)
 
     return reporting
 
 
 def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
-    reporting = _reporting(method)
-
     @wraps(method)
     def reporting_statement(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        use = self.use
-        if use is not None and not _is_read(statement):
-            use.has_written = True
-            if isinstance(statement, TextClause) and statement.text[:9].upper() == "SAVEPOINT":
-                self.connection()
-        return reporting(self, statement, *args, **kwargs)
+        use: SessionUse | None = self.use
+        if use is None:
+            return method(self, statement, *args, **kwargs)
+        task = use.enter()
+        try:
+            if not _is_read(statement):
+                use.has_written = True
+                if isinstance(statement, TextClause) and statement.text[:9].upper() == "SAVEPOINT":
+                    self.connection()
+            return method(self, statement, *args, **kwargs)
+        except _NO_CONNECTION as error:
+            _explain(use, error)
+            raise
+        finally:
+            use.leave(task, self)
 
     return reporting_statement
 
@@ -237,7 +248,7 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     scope = use.scope
     scope.check_open()
     use.connections.append(connection)
-    watch(connection, scope)
+    scope.database.watch(connection, scope)
     scope.advance(Event.BEGUN)
     if scope.options.read_only:
         _dialects.enforce_read_only(connection)

@@ -46,6 +46,8 @@ class SessionUse:
 
         is_closing: Whether the scope is ending for good: no operation begins any more.
 
+        is_logged: Whether the scope's steps go to the debug log.
+
         is_torn: Whether the transaction is to be rolled back when the session is free: the client
             of a streaming body has left.
 
@@ -63,6 +65,7 @@ class SessionUse:
         "is_abandoned",
         "is_closed",
         "is_closing",
+        "is_logged",
         "is_torn",
         "scope",
     )
@@ -75,9 +78,10 @@ class SessionUse:
         self.has_lost = False
         self.is_closed = False
         self.is_closing = False
+        self.is_logged = logger.isEnabledFor(logging.DEBUG)
         self.is_torn = False
         self.is_abandoned = False
-        self._users: dict[asyncio.Task[Any] | None, int] = {}
+        self._users: dict[asyncio.Task[Any], int] = {}
         self._becomes_free: asyncio.Future[None] | None = None
 
     @property
@@ -86,9 +90,10 @@ class SessionUse:
         return bool(self._users)
 
     def check_registration(self) -> None:
-        """Refuse objects that would come too late to be written."""
+        """Refuse objects and operations that come too late."""
         scope = self.scope
-        scope.check_open()
+        if scope.is_over:
+            scope.refuse_late_use()
         if self.is_closed:
             msg = (
                 f"The session of {scope!r} was closed by hand (session.close(), or the end of "
@@ -96,52 +101,61 @@ class SessionUse:
                 "closes it by itself; to give the connection back early use `await db.release()`."
             )
             raise SessionScopeClosedError(msg)
-        if scope.is_stream_refused:
+        if scope.options.stream == "error" and scope.is_in_body:
             msg = (
                 f"{scope!r} has stream='error': its body may not use the session. Read what it "
                 "needs before the response, or use stream='release' or stream='hold'."
             )
             raise StreamSessionError(msg)
 
-    def check(self) -> None:
-        """Refuse an operation where it can't be right."""
-        self.check_registration()
+    def check_loop(self) -> None:
+        """Refuse an operation in another thread or event loop than the scope's."""
         try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            loop = None
-        if loop is None or loop is not self.scope.loop:
-            msg = (
-                f"The AsyncSession of {self.scope!r} was used outside of the asyncio event loop "
-                "that its scope was opened in. From a worker thread (a `def` endpoint) call back "
-                "into the loop: `anyio.from_thread.run(session.execute, statement)`. In another "
-                "loop open a scope of its own: `async with db.session_scope() as session:`."
-            )
-            raise EventLoopMismatchError(msg)
+            if asyncio.get_running_loop() is self.scope.loop:
+                return
+        except RuntimeError:  # no loop at all
+            pass
+        msg = (
+            f"The AsyncSession of {self.scope!r} was used outside of the asyncio event loop that "
+            "its scope was opened in. From a worker thread (a `def` endpoint) call back into the "
+            "loop: `anyio.from_thread.run(session.execute, statement)`. In another loop open a "
+            "scope of its own: `async with db.session_scope() as session:`."
+        )
+        raise EventLoopMismatchError(msg)
 
-    def enter(self) -> None:
+    def enter(self) -> asyncio.Task[Any] | None:
         """An operation begins; while another task ends the transaction it waits for its turn.
 
         So what a child task gets doesn't depend on whether its statement came a moment before, in
         or after the COMMIT of the response: after it, it begins the next transaction.
+
+        Returns:
+            The task that :meth:`leave` is to be told; ``None`` for the one that is ending the
+            transaction, which need not be told of.
         """
-        self.check()
+        self.check_registration()
+        self.check_loop()
         task = asyncio.current_task()
+        if task is None or task is self.ender:
+            return None
         # An operation may be part of another (a flush in a query), which has been let in.
-        if task not in self._users and task is not self.ender:
+        if task not in self._users:
             while self.ender is not None:
                 await_only(asyncio.wait([self.ender]))
-                self.check()
+                self.check_registration()
             if self.is_closing:
                 self.scope.refuse_late_use()
         self._users[task] = self._users.get(task, 0) + 1
+        return task
 
-    def leave(self, session: Session) -> None:
+    def leave(self, task: asyncio.Task[Any] | None, session: Session) -> None:
         """An operation has ended; the last one out clears up what it was told to."""
-        task = asyncio.current_task()
+        if task is None:
+            return
         self._users[task] -= 1
-        if not self._users[task]:
-            del self._users[task]
+        if self._users[task]:
+            return
+        del self._users[task]
         if self._users:
             return
         if self.is_torn:
