@@ -492,12 +492,12 @@ def test_random_programs_end_as_the_model_says(real: RealDatabase) -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=60,
-            stateful_step_count=50,
+            max_examples=150,
+            stateful_step_count=20,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
 
     logging.getLogger(__name__).info("%d programs, %d steps", Machine.programs, Machine.steps)
-    assert 60 <= Machine.programs
+    assert 150 <= Machine.programs
