@@ -347,7 +347,7 @@ async def test_job_cancelled_anywhere_ends_truly(db, window, kind):
     assert await sweep(db, window, kind, check=check_one_transaction) >= 5
 
 
-@ALL_DRIVERS
+@pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 async def test_tasks_all_cancelled_at_once_tell_a_doubt(db):
     """G10, G15: where a loop's end cancels the ending itself, a COMMIT cut off is in doubt."""
     assert await sweep(db, handler_window, "shutdown", check=check_doubt) >= 5

@@ -1,0 +1,250 @@
+"""The connection to PostgreSQL is lost: before COMMIT, and while COMMIT is on its way."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Literal, Self
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope
+from tests.fix_asgi import body, start
+from tests.fix_database import POSTGRES_DRIVERS, Item
+
+pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
+
+Cut = Literal["before", "after"]
+
+
+class Proxy:
+    """Stands between a client and PostgreSQL, and cuts the connection at COMMIT when it is armed.
+
+    Attributes:
+        cut: `"before"`: COMMIT never reaches the server. `"after"`: its answer never comes back.
+    """
+
+    def __init__(self, url: sa.URL) -> None:
+        self.cut: Cut | None = None
+        self._url = url
+        self._directory = tempfile.TemporaryDirectory(prefix="dbscope-proxy-")
+        self._server: asyncio.Server | None = None
+
+    @property
+    def url(self) -> sa.URL:
+        """Where to connect to."""
+        return self._url.set(host=None, port=None, query={"host": self._directory.name})
+
+    async def __aenter__(self) -> Self:
+        path = Path(self._directory.name, ".s.PGSQL.5432")
+        self._server = await asyncio.start_unix_server(self._serve, path)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        self._directory.cleanup()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        directory = self._url.query.get("host")
+        port = self._url.port or 5432
+        if isinstance(directory, str) and directory.startswith("/"):
+            there = await asyncio.open_unix_connection(Path(directory, f".s.PGSQL.{port}"))
+        else:
+            there = await asyncio.open_connection(self._url.host or "localhost", port)
+        server_reader, server_writer = there
+        is_cut = asyncio.Event()
+        answers = asyncio.create_task(self._relay(server_reader, writer, is_cut))
+        while data := await reader.read(65536):
+            if b"COMMIT" in data and self.cut is not None:
+                is_cut.set()
+                if self.cut == "before":
+                    break
+                server_writer.write(data)
+                await answers  # the server has committed; nobody hears of it
+                break
+            server_writer.write(data)
+        server_writer.close()
+        await answers
+
+    async def _relay(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_cut: asyncio.Event
+    ) -> None:
+        while (data := await reader.read(65536)) and not is_cut.is_set():
+            writer.write(data)
+        writer.close()
+
+
+@pytest.fixture
+async def proxy(engine: AsyncEngine) -> AsyncIterator[Proxy]:
+    """A proxy to the server of the engine."""
+    async with Proxy(engine.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+async def db(proxy: Proxy) -> AsyncIterator[Database]:
+    """A database that is reached by the proxy."""
+    engine = create_async_engine(proxy.url)
+    yield Database(engine, cleanup_timeout=2.0)
+    assert 0 == engine.pool.checkedout()  # type: ignore[attr-defined]
+    await engine.dispose()
+
+
+async def respond(send, status=200):
+    """Answer."""
+    await send(start(status))
+    await send(body(b"ok"))
+
+
+async def test_connection_lost_before_commit_is_no_success(db, engine, drive, rows):
+    """G15, G19: where the server ended the connection after a write, no head claims the write."""
+    scopes = []
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        pid = await db.session.scalar(sa.select(sa.func.pg_backend_pid()))
+        async with engine.connect() as other:
+            await other.execute(sa.select(sa.func.pg_terminate_backend(pid, 5000)))
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, sa.exc.DBAPIError)
+    assert exchange.error.connection_invalidated
+    assert [] == exchange.messages
+    assert Outcome.IN_DOUBT is scopes[0].outcome  # who sends COMMIT can't know that it is too late
+    assert [] == await rows()
+
+
+@pytest.mark.parametrize(("cut", "committed"), [("before", []), ("after", [1])])
+async def test_connection_lost_during_commit_is_in_doubt(db, proxy, drive, rows, cut, committed):
+    """G15: COMMIT without an answer is in doubt, whether it got through or not, and says so."""
+    scopes = []
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        proxy.cut = cut
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, sa.exc.DBAPIError)
+    assert [] == exchange.messages
+    assert Outcome.IN_DOUBT is scopes[0].outcome
+    [note] = exchange.error.__notes__
+    assert "may or may not have been committed" in note
+    assert committed == await rows()
+
+
+async def test_next_request_after_a_lost_connection_is_served(db, proxy, drive, rows):
+    """G15, G19: the lost connection has left the pool, and the next request gets another."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=int(scope["path"][1:])))
+        await respond(send)
+
+    wrapped = DBSessionMiddleware(app, database=db)
+    proxy.cut = "before"
+    first = await drive(wrapped, {"type": "http", "path": "/1", "method": "GET"})
+    proxy.cut = None
+    second = await drive(wrapped, {"type": "http", "path": "/2", "method": "GET"})
+
+    assert first.error is not None
+    assert second.error is None
+    assert 200 == second.status
+    assert [2] == await rows()
+
+
+@pytest.mark.parametrize(("cut", "committed"), [("before", []), ("after", [1])])
+async def test_body_whose_commit_is_in_doubt_ends_torn(db, proxy, drive, rows, cut, committed):
+    """G15, G7: without an answer to the body's COMMIT its last message is not sent."""
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        proxy.cut = cut
+        await send(body(b"chunk", more=True))
+        await send(body())
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, sa.exc.DBAPIError)
+    assert not exchange.is_complete
+    assert committed == await rows()
+
+
+@pytest.mark.parametrize(("cut", "committed"), [("before", []), ("after", [1])])
+async def test_job_whose_commit_is_in_doubt_says_so(db, proxy, rows, cut, committed):
+    """G15: a session scope outside a request raises, and its outcome is IN_DOUBT."""
+    scopes = []
+
+    async def job():
+        async with db.session_scope() as session:
+            scopes.append(db.scope)
+            session.add(Item(id=1))
+            await session.flush()
+            proxy.cut = cut
+
+    with pytest.raises(sa.exc.DBAPIError) as raised:
+        await job()
+
+    assert Outcome.IN_DOUBT is scopes[0].outcome
+    [note] = raised.value.__notes__
+    assert "may or may not have been committed" in note
+    assert committed == await rows()
+
+
+async def test_commit_by_hand_that_is_in_doubt_is_not_the_last_word(db, proxy, drive, rows):
+    """G15: the scope goes on after `session.rollback()`, and tells of its latest transaction."""
+    outcomes = []
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        proxy.cut = "after"
+        with pytest.raises(sa.exc.DBAPIError):
+            await db.session.commit()
+        outcomes.append(current_scope().outcome)
+        proxy.cut = None
+        await db.session.rollback()
+        db.session.add(Item(id=2))
+        await respond(send)
+        outcomes.append(current_scope().outcome)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert exchange.error is None
+    assert [Outcome.IN_DOUBT, Outcome.COMMITTED] == outcomes
+    assert [1, 2] == await rows()
+
+
+async def test_connection_lost_in_a_read_is_the_apps_own_error(db, engine, drive, rows):
+    """G15: lost in mid-query, the query raises; where that is swallowed no success is claimed."""
+    swallowed = []
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        pid = await db.session.scalar(sa.select(sa.func.pg_backend_pid()))
+        async with engine.connect() as other:
+            await other.execute(sa.select(sa.func.pg_terminate_backend(pid, 5000)))
+        try:
+            await db.session.scalar(sa.select(1))
+        except sa.exc.DBAPIError as error:
+            swallowed.append(error)
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert 1 == len(swallowed)
+    assert exchange.error is not None
+    assert [] == exchange.messages
+    assert [] == await rows()
