@@ -120,10 +120,13 @@ async def test_native_cancellation_waits_for_the_operation(times, between):
     assert ["stop"] == [str(each).split(" ")[0] for each in owed]
 
 
-async def test_cancellation_before_the_first_step_lets_the_operation_run():
-    """G10: A task whose cancellation is pending when it comes here still runs the operation."""
+@pytest.mark.parametrize("waits", [False, True])
+async def test_cancellation_before_the_first_step_lets_the_operation_run(waits):
+    """G10: A task whose cancellation is pending when it comes here still runs the operation.
+
+    The cancellation is owed; or, where the operation ended without waiting, still pending.
+    """
     operation = Operation()
-    operation.may_end.set()
     owed = []
 
     async def caller() -> None:
@@ -131,11 +134,20 @@ async def test_cancellation_before_the_first_step_lets_the_operation_run():
         assert task is not None
         task.cancel("early")
         owed.append(await run_to_completion(operation.run(), grace=GRACE))
+        assert 1 == task.cancelling()
 
-    await asyncio.create_task(caller())
+    if not waits:
+        operation.may_end.set()
+    task = asyncio.create_task(caller())
+    await turns(5)
+    operation.may_end.set()
+    await asyncio.wait([task])
 
     assert ["ended"] == operation.happened
-    assert ["early"] == [str(each) for each in owed]
+    (cancellation,) = owed
+    assert (cancellation is None) == task.cancelled()
+    if waits:
+        assert "early" == str(cancellation)
 
 
 @pytest.mark.parametrize("moment", range(6))
@@ -177,6 +189,7 @@ async def test_cancellation_between_the_operations_end_and_the_callers_turn():
     tasks: list[asyncio.Task[None]] = []
 
     async def cancel_its_caller() -> None:
+        await asyncio.sleep(0)
         tasks[0].cancel("last step")
 
     async def caller() -> None:
@@ -366,6 +379,35 @@ async def test_cancel_scope_cancelled_before_the_operation():
 
     assert ["ended"] == operation.happened
     assert scope.cancelled_caught
+
+
+async def test_grace_begins_in_a_cancel_scope_too():
+    """G10: In a cancelled scope too an operation that doesn't end has its grace, and no more."""
+    operation = Operation()
+
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await run_to_completion(operation.run(), grace=0.01)
+
+    assert ["cancelled"] == operation.happened
+    assert scope.cancelled_caught
+    await no_stray_cancellation()
+
+
+async def test_cancel_scope_says_so_once():
+    """G10: A cancelled scope doesn't wake the task at every turn while the operation runs."""
+    operation = Operation()
+    asyncio.get_running_loop().call_later(0.03, operation.may_end.set)
+
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await run_to_completion(operation.run(), grace=GRACE)
+        assert left_of_cancellation() <= 1
+        await anyio.lowlevel.checkpoint()
+
+    assert ["ended"] == operation.happened
+    assert scope.cancelled_caught
+    await no_stray_cancellation()
 
 
 async def test_move_on_after_waits_for_the_operation():
