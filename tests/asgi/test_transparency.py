@@ -163,9 +163,31 @@ async def test_app_gets_the_very_same_scope(db, drive):
     assert {**before, "app": "mine"} == scope
 
 
+async def test_scope_that_is_used_again_is_served_again(db, rows):
+    """G18: an outer layer may run the app twice with one scope: each run has its own session."""
+    sessions = []
+    wire = Wire()
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=len(sessions)))
+        sessions.append(current_session())
+        await respond(send, 500 if len(sessions) == 1 else 200)
+
+    wrapped = DBSessionMiddleware(app, database=db)
+
+    async def retrying(scope, receive, send):
+        await wrapped(scope, receive, send)
+        await wrapped(scope, receive, send)
+
+    await retrying(http_scope(), wire.receive, wire.send)
+
+    assert sessions[0] is not sessions[1]
+    assert [1] == await rows()
+
+
 async def test_request_messages_reach_the_app_as_they_are(db):
     """G18: `receive` hands on each message, the same object, when the server has it."""
-    received = [
+    received: list[dict[str, Any]] = [
         {"type": "http.request", "body": b"one", "more_body": True},
         {"type": "http.request", "body": b"two", "more_body": False},
         DISCONNECT,

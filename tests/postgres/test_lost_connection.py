@@ -4,7 +4,7 @@ import asyncio
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import pytest
 import sqlalchemy as sa
@@ -85,7 +85,7 @@ async def proxy(engine: AsyncEngine) -> AsyncIterator[Proxy]:
 
 
 @pytest.fixture
-async def db(proxy: Proxy) -> AsyncIterator[Database]:
+async def db(proxy: Proxy) -> AsyncIterator[Database[Any]]:
     """A database that is reached by the proxy."""
     engine = create_async_engine(proxy.url)
     yield Database(engine, cleanup_timeout=2.0)
