@@ -881,6 +881,50 @@ async def test_two_databases_nested_both_work(db, second_engine, drive, rows):
     assert [2] == await _ids(second_engine)
 
 
+async def test_second_instance_serves_only_what_is_not_served_yet(
+    db, second_engine, drive, rows, timeline
+):
+    """G18: An inner instance for one known and one new database serves the new one alone."""
+    second = Database(second_engine, name="second")
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        second.session.add(Item(id=2))
+        await answer(send)
+
+    exchange = await drive(
+        DBSessionMiddleware(DBSessionMiddleware(app, databases=[db, second]), database=db)
+    )
+
+    assert exchange.error is None
+    assert ["checkout", "begin", "commit", "checkin", "start 200", "last body"] == timeline
+    assert [1] == await rows()
+    assert [2] == await _ids(second_engine)
+
+
+async def test_second_instance_behind_a_copy_of_the_scope_does_nothing(db, drive, rows, timeline):
+    """G18: A framework that copies the ASGI scope (a mount) hides no second instance."""
+    sessions = []
+
+    async def app(scope, receive, send):
+        sessions.append(db.session)
+        db.session.add(Item(id=1))
+        await answer(send)
+
+    mounted = DBSessionMiddleware(app, database=db)
+
+    async def mount(scope, receive, send):
+        sessions.append(db.session)
+        await mounted({**scope, "path": "/mounted"}, receive, send)
+
+    exchange = await drive(DBSessionMiddleware(mount, database=db))
+
+    assert exchange.error is None
+    assert sessions[0] is sessions[1]
+    assert ["checkout", "begin", "commit", "checkin", "start 200", "last body"] == timeline
+    assert [1] == await rows()
+
+
 async def test_current_session_of_two_databases_asks_for_a_name(db, second_engine, drive):
     """With two databases and no name, `current_session()` is an error that lists them."""
     second = Database(second_engine, name="second")

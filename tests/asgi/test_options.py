@@ -618,3 +618,38 @@ async def test_stream_of_an_endpoint_is_held(db, drive, rows, timeline):
     assert 1 == timeline.count("commit")
     assert ["commit", "checkin", "last body"] == timeline[-3:]
     assert [1, 2, 3, 4, 5] == await rows()
+
+
+# --------------------------------------------------------------------------------------
+# exclude
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("exclude", "excluded", "served"),
+    [
+        ("/health", ["/health"], ["/", "/health/", "/healthy", "/x/health"]),
+        ("/static/*", ["/static/", "/static/a/b"], ["/static", "/statics", "/x/static/"]),
+        (["/health", "/a*"], ["/health", "/a", "/abc"], ["/", "/b", "/health/a"]),
+        (("/health",), ["/health"], ["/"]),
+        (lambda scope: scope["method"] == "GET", ["/", "/health"], []),
+    ],
+    ids=["path", "prefix", "both", "tuple", "callable"],
+)
+async def test_exclude_takes_paths_prefixes_and_a_callable(db, drive, exclude, excluded, served):
+    """G5: What `exclude` names gets no session scope; everything else has one."""
+    seen = {}
+
+    async def app(scope, receive, send):
+        try:
+            seen[scope["path"]] = current_scope().label
+        except NoSessionScopeError:
+            seen[scope["path"]] = None
+        await answer(send)
+
+    middleware = DBSessionMiddleware(app, database=db, exclude=exclude)
+    for path in (*excluded, *served):
+        exchange = await drive(middleware, http_scope(path))
+        assert exchange.error is None
+
+    assert dict.fromkeys(excluded) | {path: f"GET {path}" for path in served} == seen
