@@ -638,7 +638,7 @@ async def test_stream_of_an_endpoint_is_held(db, drive, rows, timeline):
 )
 async def test_exclude_takes_paths_prefixes_and_a_callable(db, drive, exclude, excluded, served):
     """G5: What `exclude` names gets no session scope; everything else has one."""
-    seen = {}
+    seen: dict[str, str | None] = {}
 
     async def app(scope, receive, send):
         try:
