@@ -29,10 +29,21 @@ def install(request: pytest.FixtureRequest) -> Install:
     return way
 
 
+def innermost(error: BaseException | None) -> BaseException | None:
+    """The error inside the groups of one that older frameworks' task groups make of it."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
+
+
 def answering_disconnect(app: Any) -> Any:
-    """What servers do, and hand-driven requests don't: once all is sent, the client is gone."""
+    """What servers do, and hand-driven requests don't.
+
+    Once all is sent the client is gone, and a second head is refused.
+    """
 
     async def answering(scope: Any, receive: Any, send: Any) -> Any:
+        is_started = False
         complete = asyncio.Event()
         waiting: asyncio.Task[Any] | None = None
 
@@ -50,6 +61,11 @@ def answering_disconnect(app: Any) -> Any:
             return message
 
         async def send_and_see(message: Any) -> None:
+            nonlocal is_started
+            if message["type"] == "http.response.start":
+                if is_started:
+                    raise RuntimeError("Expected a body message, got a second head.")
+                is_started = True
             await send(message)
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 complete.set()

@@ -10,7 +10,7 @@ from tests.fix_server import Client, connect, serve_process
 
 GRANIAN = [
     *("granian", "--interface", "asgi", "--host", "127.0.0.1", "--port", "{port}"),
-    *("--factory", "tests.server.ledger:served"),
+    "tests.server.ledger:app",
 ]
 
 

@@ -5,6 +5,7 @@ from asyncio import IncompleteReadError
 
 import pytest
 import sqlalchemy as sa
+import websockets
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
@@ -241,13 +242,12 @@ async def test_shutdown_in_mid_request_rolls_back(engine, db, uvicorn, rows):
     assert [] == await rows()
 
 
-async def test_websocket_commits_each_message_before_its_answer(engine, db, rows):
+async def test_websocket_commits_each_message_before_its_answer(engine, db, rows, monkeypatch):
     """G17: over a real websocket, each message is a scope; between them no connection is held."""
-    from websockets.asyncio.client import connect as open_websocket
-
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     app, _ = ledger(db)
     async with serve_uvicorn(app) as port:
-        async with open_websocket(f"ws://127.0.0.1:{port}/echo", proxy=None) as websocket:
+        async with websockets.connect(f"ws://127.0.0.1:{port}/echo") as websocket:
             for number in (1, 2):
                 await websocket.send(str(number))
                 assert f"{number} committed" == await websocket.recv()
