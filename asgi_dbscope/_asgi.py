@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, MutableMapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -16,8 +15,7 @@ AnyASGIApp: TypeAlias = Callable[[Any, Any, Any], Awaitable[Any]]
 """An app by whatever types its framework has for ASGI's."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResponseHead:
+class ResponseHead(NamedTuple):
     """What a commit policy decides from: the head that the app wants to send.
 
     Attributes:

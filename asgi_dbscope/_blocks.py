@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from contextvars import Token
     from types import FunctionType, TracebackType
 
+    from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._options import ScopeOptions
 
@@ -85,7 +86,7 @@ class SessionScopeBlock(Generic[S]):
         self._database = database
         self._options = options
         self._scope: SessionScope[S] | None = None
-        self._token: Token[SessionScope[Any] | None] | None = None
+        self._token: Token[ScopeHolder | None] | None = None
 
     def __call__(
         self, function: Callable[P, Coroutine[Any, Any, R]]

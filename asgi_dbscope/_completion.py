@@ -37,18 +37,15 @@ async def run_to_completion(
             outranks a cancellation that arrived meanwhile, which is then redelivered.
     """
     loop = asyncio.get_running_loop()
-    task = _start(operation, loop)
+    has_ended: asyncio.Future[None] = loop.create_future()
+    task = _start(operation, has_ended, loop)
     cancellation: asyncio.CancelledError | None = None
     try:
-        if not task.done():
-            await asyncio.shield(task)
+        await has_ended
     except asyncio.CancelledError as error:
-        if not task.cancelled():
-            # Also where the operation ended in the very moment of the cancellation.
-            cancellation = error
-            await _see_through(task, loop, grace)
-    except BaseException:  # noqa: BLE001, S110 - it is the operation's, and raised below
-        pass
+        # Also where the operation ended in the very moment of the cancellation.
+        cancellation = error
+        await _see_through(task, loop, grace)
     try:
         task.result()
     except asyncio.CancelledError as error:
@@ -60,12 +57,34 @@ async def run_to_completion(
 
 
 def _start(
-    operation: Coroutine[object, object, None], loop: asyncio.AbstractEventLoop
+    operation: Coroutine[object, object, None],
+    has_ended: asyncio.Future[None],
+    loop: asyncio.AbstractEventLoop,
 ) -> asyncio.Task[None]:
-    """Make a task of *operation*; where Python can, run it to its first wait at once."""
+    """Make a task of *operation*; where Python can, run it to its first wait at once.
+
+    Then it is sure to run, and can say by itself that it *has_ended*: that wakes the caller two
+    turns of the loop earlier than ``asyncio.shield`` of a task, a twentieth of a SELECT's cost.
+    """
     if sys.version_info >= (3, 12):
-        return asyncio.Task(operation, loop=loop, eager_start=True)
-    return loop.create_task(operation)
+        return asyncio.Task(_attended(operation, has_ended), loop=loop, eager_start=True)
+    task = loop.create_task(operation)
+    task.add_done_callback(lambda _: _tell(has_ended))
+    return task
+
+
+async def _attended(
+    operation: Coroutine[object, object, None], has_ended: asyncio.Future[None]
+) -> None:
+    try:
+        await operation
+    finally:
+        _tell(has_ended)
+
+
+def _tell(has_ended: asyncio.Future[None]) -> None:
+    if not has_ended.done():  # cancelled, with the caller that waits for it
+        has_ended.set_result(None)
 
 
 async def _see_through(

@@ -1,9 +1,10 @@
-"""Which scope is the current one: a context variable over a chain of scopes.
+"""Which scope is the current one: a context variable over a chain of scope holders.
 
-The variable holds a scope, a mutable object, so a child task, a worker thread and code behind
+The variable holds one mutable object, so a child task, a worker thread and code behind
 ``BaseHTTPMiddleware`` all see the very same one through their copy of the context. It is set and
-reset only by whoever opens the scope. Each scope links to the one around it; a database's current
-scope is the innermost of the chain that is the database's.
+reset only by whoever opens the scope. A holder is a request, which makes a database's scope when
+that is asked for, or a scope by itself; each links to the one around it, and a database's current
+scope is the innermost one of the chain.
 """
 
 from __future__ import annotations
@@ -14,22 +15,50 @@ from typing import TYPE_CHECKING
 from asgi_dbscope.errors import AmbiguousDatabaseError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    from typing import Any
+    from collections.abc import Iterable
+    from typing import Any, Protocol
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from asgi_dbscope._database import Database
     from asgi_dbscope._scope import SessionScope
 
-innermost: ContextVar[SessionScope[Any] | None] = ContextVar("asgi_dbscope", default=None)
-"""The innermost scope; ``None`` outside of any."""
+    class ScopeHolder(Protocol):
+        """A request, or a scope by itself."""
+
+        @property
+        def outer(self) -> ScopeHolder | None:
+            """The holder around this one."""
+            ...
+
+        @property
+        def is_over(self) -> bool:
+            """Whether it has ended."""
+            ...
+
+        @property
+        def databases(self) -> Iterable[Database[Any]]:
+            """The databases that have a scope here."""
+            ...
+
+        def find(self, database: Database[Any]) -> SessionScope[Any] | None:
+            """The scope of *database* here, if it has one."""
+            ...
 
 
-def find_scope(database: object) -> SessionScope[Any] | None:
+innermost: ContextVar[ScopeHolder | None] = ContextVar("asgi_dbscope", default=None)
+"""The innermost holder; ``None`` outside of any scope."""
+
+
+def find_scope(database: Database[Any]) -> SessionScope[Any] | None:
     """The innermost scope of *database*, open or closed; ``None`` outside of any."""
-    scope = innermost.get()
-    while scope is not None and scope.database is not database:
-        scope = scope.outer
-    return scope
+    holder = innermost.get()
+    while holder is not None:
+        scope = holder.find(database)
+        if scope is not None:
+            return scope
+        holder = holder.outer
+    return None
 
 
 def current_scope(name: str | None = None) -> SessionScope[Any]:
@@ -42,16 +71,20 @@ def current_scope(name: str | None = None) -> SessionScope[Any]:
         NoSessionScopeError: If no scope is open here, or none of that name.
         AmbiguousDatabaseError: If *name* is left out and several databases have one.
     """
-    found: dict[object, SessionScope[Any]] = {}
-    scope = innermost.get()
-    while scope is not None:
-        if name is None or scope.database.name == name:
-            found.setdefault(scope.database, scope)
-        scope = scope.outer
+    found: dict[Database[Any], ScopeHolder] = {}
+    holder = innermost.get()
+    while holder is not None:
+        for database in holder.databases:
+            if name is None or database.name == name:
+                found.setdefault(database, holder)
+        holder = holder.outer
     if len(found) == 1:
-        return next(iter(found.values()))
+        [(database, holder)] = found.items()
+        scope = holder.find(database)
+        assert scope is not None
+        return scope
     if found:
-        names = ", ".join(sorted(repr(each.database.name) for each in found.values()))
+        names = ", ".join(sorted(repr(each.name) for each in found))
         msg = (
             f"Several databases have a session scope here: {names}. Name one, as in "
             "current_session('reports'), or use the Database object: db.session. A name is given "
@@ -79,11 +112,11 @@ def current_session(name: str | None = None) -> AsyncSession:
 
 def no_scope_message(name: str | None) -> str:
     """What to tell a user who asked for a session outside of any scope."""
-    scope = innermost.get()
+    holder = innermost.get()
     others: list[str] = []
-    while scope is not None:
-        others.append(repr(scope.database.name))
-        scope = scope.outer
+    while holder is not None:
+        others += [repr(database.name) for database in holder.databases]
+        holder = holder.outer
     if others:
         return (
             f"No session scope is open here for the database {name!r}; there is one for "

@@ -8,31 +8,51 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+from asyncio import get_running_loop
+from dataclasses import dataclass
+from sys import exception as handled_exception
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._lifecycle import Fact
 from asgi_dbscope._policy import Cause, Ending
+from asgi_dbscope._scope import SessionScope
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import FrameType
-    from typing import Protocol
 
     from asgi_dbscope._asgi import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
-    from asgi_dbscope._scope import SessionScope
-
-    class GateOwner(Protocol):
-        """What the gate asks of its middleware."""
-
-        commit_error_response: CommitErrorResponse | None
-
-        def hides_exceptions(self) -> bool: ...
+    from asgi_dbscope._current import ScopeHolder
+    from asgi_dbscope._database import Database
+    from asgi_dbscope._options import ScopeOptions
 
     CommitErrorResponse = Callable[[Any, BaseException], AnyASGIApp | None]
 
 logger = logging.getLogger("asgi_dbscope")
+
+
+_creation = Lock()
+"""Held while a request makes a scope: two worker threads may ask for it at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a middleware does for its requests.
+
+    Attributes:
+        options: The databases, in the order of their commits, and how to treat each.
+
+        commit_error_response: See :class:`.DBSessionMiddleware`.
+
+        hides_exceptions: Called where a ``BaseHTTPMiddleware`` inside is met; warns, once.
+    """
+
+    options: dict[Database[Any], ScopeOptions]
+    commit_error_response: CommitErrorResponse | None
+    hides_exceptions: Callable[[], bool]
 
 
 class Phase(Fact):
@@ -42,6 +62,9 @@ class Phase(Fact):
     BODY = "BODY"
     BACKGROUND = "BACKGROUND"
 
+
+_BODY = Phase.BODY
+_BACKGROUND = Phase.BACKGROUND
 
 _CAUSES = {
     Phase.RESPONSE: Cause.NO_HEAD,
@@ -54,55 +77,94 @@ _CAUSES = {
 class ResponseGate:
     """One request on its way: holds the head back until the transaction is settled.
 
-    It knows only of the scopes whose session was asked for; they tell it by :meth:`add`.
+    It is also what the context variable holds during the request, and makes a database's session
+    scope when that is first asked for.
+
+    Attributes:
+        served: What the middleware does for its requests.
+
+        outer: What is around this request: the one that called this app in process, if any did.
+
+        scopes: The session scopes that were asked for, in the order of their commits.
+
+        loop: The event loop of the request; ``None`` outside of asyncio.
+
+        is_over: Whether the request has ended.
     """
 
     _phase = Phase.RESPONSE
     _has_trailers = False
     _failure: BaseException | None = None
     _lock: asyncio.Lock | None = None
+    scopes: Sequence[SessionScope[Any]] = ()
+    loop: asyncio.AbstractEventLoop | None = None
+    is_over = False
 
-    def __init__(self, owner: GateOwner, asgi_scope: Scope, receive: Receive, send: Send) -> None:
-        self._owner = owner
+    def __init__(
+        self,
+        served: Served,
+        outer: ScopeHolder | None,
+        asgi_scope: Scope,
+        receive: Receive,
+        send: Send,
+    ) -> None:
+        self.served = served
+        self.outer = outer
         self._asgi_scope = asgi_scope
         self._raw_receive = receive
         self._raw_send = send
-        self._scopes: list[SessionScope[Any]] = []
-        self._outer_exception = sys.exception()
+        self._outer_exception = handled_exception()
+        try:  # noqa: SIM105 - a context manager costs as much as the rest of this
+            self.loop = get_running_loop()
+        except RuntimeError:  # an app under Trio does well as long as it uses no session
+            pass
 
     @property
     def is_in_body(self) -> bool:
         """Whether the head has been sent, and the last body message not."""
         return self._phase is Phase.BODY
 
-    def add(self, scope: SessionScope[Any]) -> None:
-        """Take note that *scope* has a session now."""
-        self._scopes.append(scope)
-        self._scopes.sort(key=_depth)  # in the order of the middleware's databases
+    @property
+    def databases(self) -> Iterable[Database[Any]]:
+        """The databases that have a session scope in this request."""
+        return self.served.options
+
+    def find(self, database: Database[Any]) -> SessionScope[Any] | None:
+        """The session scope of *database*, made at the first call; ``None`` if it has none."""
+        options = self.served.options.get(database)
+        if options is None:
+            return None
+        with _creation:
+            for scope in self.scopes:
+                if scope.database is database:
+                    return scope
+            scope = SessionScope(database, self.outer, options, self._asgi_scope, self)
+            if self.is_over:
+                scope.close_settled()
+            elif not self.scopes:
+                self.scopes = (scope,)
+            else:
+                order = list(self.served.options).index
+                self.scopes = sorted([*self.scopes, scope], key=lambda each: order(each.database))
+        return scope
 
     # ---------------------------------------------------------------- the request's way
 
-    async def run(self, app: ASGIApp) -> Any:
-        """Run the app to its end, and end what it left open."""
+    async def finish(self, result: Any, error: BaseException | None) -> Any:
+        """The app has returned *result*, or raised *error*: end what it left open."""
         try:
-            try:
-                result = await app(self._asgi_scope, self.receive, self.send)
-            except Exception:
-                if self._failure is None:
-                    raise
+            if self._failure is not None and (error is None or isinstance(error, Exception)):
                 result = await self._answer_failure(self._failure)
-            else:
-                if self._failure is not None:  # raised by our send(), and swallowed
-                    result = await self._answer_failure(self._failure)
-        except BaseException as error:
+            elif error is not None:
+                raise error
+        except BaseException as raised:
             cancellation = await self._close(Cause.RAISED)
-            if cancellation is not None and not isinstance(error, asyncio.CancelledError):
+            if cancellation is not None and not isinstance(raised, asyncio.CancelledError):
                 redeliver(cancellation)  # the error under way first
             raise
-        if self._scopes:
-            cancellation = await self._close(_CAUSES[self._phase])
-            if cancellation is not None:
-                raise cancellation
+        cancellation = await self._close(_CAUSES[self._phase])
+        if cancellation is not None:
+            raise cancellation
         return result
 
     async def _answer_failure(self, failure: BaseException) -> Any:
@@ -114,14 +176,14 @@ class ResponseGate:
             BaseException: *failure*, where nobody renders it: the server's 500. Also after a head:
                 a body whose transaction failed ends torn.
         """
-        self._outer_exception = sys.exception()
+        self._outer_exception = handled_exception()
         responder = None
         if self._phase is Phase.RESPONSE:
             await self._settle_all(Cause.RAISED)
             responder = self._find_responder(failure)
         if responder is None:
             raise failure from failure.__cause__
-        logger.error("%s: %s", self._scopes[0].label, failure, exc_info=failure)
+        logger.error("%s: %s", self.scopes[0].label, failure, exc_info=failure)
         self._failure = None
         result = await responder(self._asgi_scope, self.receive, self.send)
         if self._failure is not None:
@@ -137,21 +199,24 @@ class ResponseGate:
                 # body (background tasks) starts afresh. Unless its last message was on its way.
                 if self._phase is Phase.BODY:
                     self._phase = Phase.BACKGROUND
-                    for scope in self._scopes:
+                    for scope in self.scopes:
                         await scope.abandon_body()
         return message
 
     def send(self, message: Message) -> Awaitable[None]:
         """The app's ``send``: passes a message on, after settling what it puts an end to."""
-        if self._scopes and not self._is_settled():
-            return self._settle_and_send(message, sys.exception())
+        if self.scopes and not self._is_settled():
+            return self._settle_and_send(message, handled_exception())
         try:
             kind = message["type"]
         except (TypeError, LookupError):
             kind = None  # whatever it is, the server knows best how to object
-        if kind == "http.response.body":  # most messages, in line
+        # The two messages of most responses, in line.
+        if kind == "http.response.body":
             if not message.get("more_body") and not self._has_trailers:
-                self._phase = Phase.BACKGROUND
+                self._phase = _BACKGROUND
+        elif kind == "http.response.start" and "trailers" not in message:
+            self._phase = _BODY
         else:
             self._note(kind, message)
         return self._raw_send(message)
@@ -160,7 +225,10 @@ class ResponseGate:
         """Whether a message may pass at once: nothing to settle, nor being settled, nor failed."""
         if self._failure is not None or (self._lock is not None and self._lock.locked()):
             return False
-        return all(scope.is_settled() for scope in self._scopes)
+        for scope in self.scopes:  # noqa: SIM110 - a generator for each message costs twice as much
+            if not scope.is_settled():
+                return False
+        return True
 
     async def _settle_and_send(self, message: Message, exception: BaseException | None) -> None:
         async with self._settling():
@@ -197,7 +265,7 @@ class ResponseGate:
             # Every decision before the first COMMIT, and rollbacks before commits.
             endings = [
                 (scope, scope.decide(Cause.HEAD, head))
-                for scope in self._scopes
+                for scope in self.scopes
                 if not scope.is_settled()
             ]
             if len(endings) > 1:
@@ -211,7 +279,7 @@ class ResponseGate:
             raise
 
     async def _settle_all(self, cause: Cause) -> None:
-        for scope in self._scopes:
+        for scope in self.scopes:
             await self._settle(scope, cause)
 
     async def _settle(self, scope: SessionScope[Any], cause: Cause) -> None:
@@ -221,7 +289,10 @@ class ResponseGate:
     async def _close(self, cause: Cause) -> asyncio.CancelledError | None:
         """Close every scope, and return a cancellation that arrived meanwhile."""
         cancellation: asyncio.CancelledError | None = None
-        for scope in self._scopes:
+        for scope in self.scopes:
+            if scope.is_settled():
+                scope.close_settled()
+                continue
             try:
                 cancellation = await scope.close(scope.decide(cause)) or cancellation
             except asyncio.CancelledError as error:
@@ -230,7 +301,7 @@ class ResponseGate:
                 # Raised here, after the response, it would make the server close a connection on
                 # which the client's next request may be under way already.
                 logger.exception("%s: work after the response was not committed", scope.label)
-        self._scopes.clear()  # they know the gate: no cycle is left to the garbage collector
+        self.scopes = ()  # they know the gate: no cycle is left to the garbage collector
         return cancellation
 
     # ---------------------------------------------------------------- reading messages
@@ -249,7 +320,7 @@ class ResponseGate:
             return not message.get("more_trailers", False)
         if self._has_trailers:
             return False
-        if kind in _BODY:
+        if kind in _BODY_MESSAGES:
             return not message.get("more_body", False)
         return kind == "http.response.pathsend"
 
@@ -261,11 +332,11 @@ class ResponseGate:
             exception = None
         is_raised = exception is not None
         if 400 <= status < 500 and not is_raised:  # noqa: PLR2004 - a 4xx
-            is_raised = _comes_through_base_http_middleware() and self._owner.hides_exceptions()
-        headers = message.get("headers", ())
+            is_raised = _comes_through_base_http_middleware() and self.served.hides_exceptions()
+        headers: Any = message.get("headers", ())
         if not isinstance(headers, (list, tuple)):  # a policy's look must not use it up
             headers = message["headers"] = list(headers)
-        return ResponseHead(status, headers, exception, is_raised)
+        return ResponseHead(status, tuple(headers), exception, is_raised)
 
     # ---------------------------------------------------------------- failures before the head
 
@@ -281,7 +352,7 @@ class ResponseGate:
         return False
 
     def _find_responder(self, failure: BaseException) -> ASGIApp | None:
-        render = self._owner.commit_error_response
+        render = self.served.commit_error_response
         if render is not None:
             try:
                 responder = render(self._asgi_scope, failure)
@@ -296,20 +367,12 @@ class ResponseGate:
         return None
 
 
-_BODY = frozenset({"http.response.body", "http.response.zerocopysend"})
+_BODY_MESSAGES = frozenset({"http.response.body", "http.response.zerocopysend"})
 
 
 def _type_of(message: Message) -> object:
     # Whatever the app sends goes on to the server, which knows best how to object.
     return message.get("type") if isinstance(message, dict) else None
-
-
-def _depth(scope: SessionScope[Any]) -> int:
-    depth = 0
-    outer = scope.outer
-    while outer is not None:
-        depth, outer = depth + 1, outer.outer
-    return depth
 
 
 def _comes_through_base_http_middleware() -> bool:
@@ -320,11 +383,12 @@ def _comes_through_base_http_middleware() -> bool:
     wherever it is added: to the app, a mount or a route.
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, of CPython
-    while frame is not None and frame.f_code is not ResponseGate.run.__code__:
-        if (
-            frame.f_code.co_name == "__call__"
-            and frame.f_globals.get("__name__") == "starlette.middleware.base"
-        ):
-            return True
+    while frame is not None:
+        module = frame.f_globals.get("__name__")
+        if frame.f_code.co_name == "__call__":
+            if module == "starlette.middleware.base":
+                return True
+            if module == "asgi_dbscope._middleware":
+                return False  # what comes now is around us, not inside
         frame = frame.f_back
     return False

@@ -6,12 +6,13 @@ A request's way goes on in ``_gate``.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
 from asgi_dbscope import _current
 from asgi_dbscope._database import Database
-from asgi_dbscope._gate import ResponseGate
+from asgi_dbscope._gate import ResponseGate, Served
 from asgi_dbscope._policy import commit_unless_error
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import ConfigurationError
@@ -86,52 +87,70 @@ class DBSessionMiddleware:
             raise ConfigurationError(msg)
         self.app = app
         self.databases = _check_databases(engine, database, databases)
-        self.commit_error_response = commit_error_response
-        self._databases = [
-            (
-                each,
-                each.options.changed(
-                    {
-                        "mode": each.options.mode if mode is None else mode,
-                        "commit_policy": commit_policy,
-                        "stream": stream,
-                    }
-                ),
-            )
-            for each in self.databases
-        ]
+        changes: dict[str, Any] = {"commit_policy": commit_policy, "stream": stream}
+        if mode is not None:
+            changes["mode"] = mode
+        self._served = Served(
+            {each: each.options.changed(changes) for each in self.databases},
+            commit_error_response,
+            self.hides_exceptions,
+        )
         self._is_excluded = _check_exclude(exclude)
         self._hides_exceptions = _find_exception_hider(app)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
         """Serve one ASGI scope; what the app returns is returned."""
+        if scope.get("type") != "http":
+            return await self._serve_other(scope, receive, send)
+        if self._is_excluded is not None and self._is_excluded(scope):
+            return await self.app(scope, receive, send)
+        served = self._served
+        if KEY in scope:
+            served = _unserved(served)
+            if not served.options:  # a second instance for the same databases
+                return await self.app(scope, receive, send)
+        scope[KEY] = True
+        gate = ResponseGate(served, _current.innermost.get(), scope, receive, send)
+        token = _current.innermost.set(gate)
+        try:
+            result = await self.app(scope, gate.receive, gate.send)
+            return await gate.finish(result, None) if gate.scopes else result
+        except BaseException as error:
+            if gate.scopes:
+                return await gate.finish(None, error)
+            raise
+        finally:
+            gate.is_over = True
+            _current.innermost.reset(token)
+            if served is self._served:  # the first instance that it came to
+                scope.pop(KEY, None)
+
+    async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> Any:
+        """Serve what has no session of its own."""
         kind = scope.get("type")
         if kind == "lifespan":
             return await self._serve_lifespan(scope, receive, send)
-        if kind not in _SERVED or (self._is_excluded is not None and self._is_excluded(scope)):
-            return await self.app(scope, receive, send)
-        databases = self._databases
-        if KEY in scope:
-            databases = [each for each in databases if not _is_served(each[0])]
-            if not databases:  # a second instance for the same databases
-                return await self.app(scope, receive, send)
-        scope[KEY] = True
-        gate = ResponseGate(self, scope, receive, send) if kind == "http" else None
-        outer = session_scope = _current.innermost.get()
-        for database, options in databases:
-            session_scope = SessionScope(database, session_scope, options, scope, gate)
-        token = _current.innermost.set(session_scope)
+        if kind == "websocket" and (self._is_excluded is None or not self._is_excluded(scope)):
+            return await self._serve_websocket(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+    async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> Any:
+        """Serve a connection whose messages have sessions, by blocks of their own."""
+        holder = _current.innermost.get()
+        session_scopes: list[SessionScope[Any]] = []
+        for database, options in self._served.options.items():
+            holder = SessionScope(database, holder, options, scope)
+            session_scopes.append(holder)
+        token = _current.innermost.set(holder)
         try:
-            if gate is not None:
-                return await gate.run(self.app)
             return await self.app(scope, receive, send)
         finally:
             _current.innermost.reset(token)
-            while session_scope is not None and session_scope is not outer:
-                session_scope.is_over = True
-                session_scope = session_scope.outer
+            for session_scope in session_scopes:
+                session_scope.close_settled()
 
     async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> Any:
+        """Dispose of the engines that were made from a URL when the app ends."""
         owners = [each for each in self.databases if each.owned_engine is not None]
         if not owners:
             return await self.app(scope, receive, send)
@@ -158,15 +177,21 @@ class DBSessionMiddleware:
         return self._hides_exceptions
 
 
-_SERVED = frozenset({"http", "websocket"})
 _END_OF_LIFE = frozenset(
     {"lifespan.shutdown.complete", "lifespan.shutdown.failed", "lifespan.startup.failed"}
 )
 
 
-def _is_served(database: Database[Any]) -> bool:
-    scope = _current.find_scope(database)
-    return scope is not None and not scope.is_over
+def _unserved(served: Served) -> Served:
+    """*served* without the databases that a scope is open for already."""
+    options = dict(served.options)
+    holder = _current.innermost.get()
+    while holder is not None:
+        if not holder.is_over:
+            for database in holder.databases:
+                options.pop(database, None)
+        holder = holder.outer
+    return replace(served, options=options)
 
 
 def _check_databases(

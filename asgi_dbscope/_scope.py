@@ -25,6 +25,7 @@ from asgi_dbscope.errors import (
 
 if TYPE_CHECKING:
     from asgi_dbscope._asgi import ResponseHead, Scope
+    from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._gate import ResponseGate
 
@@ -49,7 +50,7 @@ class SessionScope(Lifecycle, Generic[S]):
 
         database: Whose session it is.
 
-        outer: The scope around it, of the same or another database.
+        outer: What is around it: a request, or a scope by itself.
 
         options: How it treats its transactions.
 
@@ -57,18 +58,15 @@ class SessionScope(Lifecycle, Generic[S]):
 
         use: Who is inside the session; ``None`` as long as there is no session.
 
-        is_over: Whether the scope has ended.
     """
 
-    is_over = False
-    loop: asyncio.AbstractEventLoop | None = None
     use: SessionUse | None = None
     _session: S | None = None
 
     def __init__(
         self,
         database: Database[S],
-        outer: SessionScope[Any] | None,
+        outer: ScopeHolder | None,
         options: ScopeOptions,
         asgi_scope: Scope | None = None,
         gate: ResponseGate | None = None,
@@ -78,13 +76,23 @@ class SessionScope(Lifecycle, Generic[S]):
         self.options = options
         self._asgi_scope = asgi_scope
         self._gate = gate
-        # An app under Trio has no asyncio loop, and does well as long as it uses no session.
-        try:  # noqa: SIM105 - a context manager costs as much as the rest of this
-            self.loop = asyncio.get_running_loop()
-        except RuntimeError:
-            pass
+        self.loop = asyncio.get_running_loop() if gate is None else gate.loop
 
     # ---------------------------------------------------------------- what users see
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the scope has ended."""
+        return self.state is State.CLOSED
+
+    @property
+    def databases(self) -> tuple[Database[S]]:
+        """Its one database."""
+        return (self.database,)
+
+    def find(self, database: Database[Any]) -> SessionScope[S] | None:
+        """Itself, if it is a scope of *database*."""
+        return self if database is self.database else None
 
     @property
     def is_in_body(self) -> bool:
@@ -111,8 +119,7 @@ class SessionScope(Lifecycle, Generic[S]):
         return f"{method} {asgi_scope.get('path', '?')}"
 
     def __repr__(self) -> str:
-        state = State.CLOSED if self.is_over else self.state
-        return f"<SessionScope {state.name} {self.label}>"
+        return f"<SessionScope {self.state.name} {self.label}>"
 
     @property
     def session(self) -> S:
@@ -198,7 +205,7 @@ class SessionScope(Lifecycle, Generic[S]):
     def advance(self, event: Event) -> State:
         """Take note of *event*, with a line in the debug log."""
         before = super().advance(event)
-        if self.use is None or self.use.is_logged:
+        if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before
 
@@ -272,7 +279,6 @@ class SessionScope(Lifecycle, Generic[S]):
             # Abandoned: whoever still has the connection throws it away; the server rolls back.
             self.advance(Event.ROLLED_BACK)
         self.advance(Event.CLOSED)
-        self.is_over = True
         if session is not None and use is not None and not use.is_abandoned:
             session.sync_session.close()
 
@@ -363,6 +369,4 @@ class SessionScope(Lifecycle, Generic[S]):
             if self._session is None:
                 self.use = SessionUse(self)
                 self._session = self.database.make_session(self.use)
-                if self._gate is not None:
-                    self._gate.add(self)
             return self._session

@@ -46,8 +46,6 @@ class SessionUse:
 
         is_closing: Whether the scope is ending for good: no operation begins any more.
 
-        is_logged: Whether the scope's steps go to the debug log.
-
         is_torn: Whether the transaction is to be rolled back when the session is free: the client
             of a streaming body has left.
 
@@ -65,7 +63,6 @@ class SessionUse:
         "is_abandoned",
         "is_closed",
         "is_closing",
-        "is_logged",
         "is_torn",
         "scope",
     )
@@ -78,7 +75,6 @@ class SessionUse:
         self.has_lost = False
         self.is_closed = False
         self.is_closing = False
-        self.is_logged = logger.isEnabledFor(logging.DEBUG)
         self.is_torn = False
         self.is_abandoned = False
         self._users: dict[asyncio.Task[Any], int] = {}
