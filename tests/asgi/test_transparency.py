@@ -165,7 +165,7 @@ async def test_app_gets_the_very_same_scope(db, drive):
 
 async def test_scope_that_is_used_again_is_served_again(db, rows):
     """G18: an outer layer may run the app twice with one scope: each run has its own session."""
-    sessions = []
+    sessions: list[object] = []
     wire = Wire()
 
     async def app(scope, receive, send):
