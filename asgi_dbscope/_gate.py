@@ -162,6 +162,8 @@ class ResponseGate:
             if cancellation is not None and not isinstance(raised, asyncio.CancelledError):
                 redeliver(cancellation)  # the error under way first
             raise
+        finally:
+            del error  # its traceback holds this frame: no cycle
         cancellation = await self._close(_CAUSES[self._phase])
         if cancellation is not None:
             raise cancellation
@@ -333,8 +335,8 @@ class ResponseGate:
         is_raised = exception is not None
         if 400 <= status < 500 and not is_raised:  # noqa: PLR2004 - a 4xx
             is_raised = _comes_through_base_http_middleware() and self.served.hides_exceptions()
-        headers: Any = message.get("headers", ())
-        if not isinstance(headers, (list, tuple)):  # a policy's look must not use it up
+        headers: Iterable[tuple[bytes, bytes]] = message.get("headers", ())
+        if iter(headers) is headers:  # a policy's look must not use it up
             headers = message["headers"] = list(headers)
         return ResponseHead(status, tuple(headers), exception, is_raised)
 

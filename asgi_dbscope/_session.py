@@ -116,7 +116,7 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     def closing(self: Any) -> None:
         use = self.use
         if use is not None and self.in_transaction():
-            use.check_loop()
+            use.current_task()  # the scope's loop, or an error
             use.note_loss(self)
             reporting(self)
         else:  # nothing to roll back, so no I/O: it may be closed from anywhere

@@ -77,7 +77,7 @@ class SessionUse:
         self.is_closing = False
         self.is_torn = False
         self.is_abandoned = False
-        self._users: dict[asyncio.Task[Any], int] = {}
+        self._users: set[asyncio.Task[Any]] = set()
         self._becomes_free: asyncio.Future[None] | None = None
 
     @property
@@ -104,13 +104,18 @@ class SessionUse:
             )
             raise StreamSessionError(msg)
 
-    def check_loop(self) -> None:
-        """Refuse an operation in another thread or event loop than the scope's."""
+    def current_task(self) -> asyncio.Task[Any] | None:
+        """The task that asks for an operation.
+
+        Raises:
+            EventLoopMismatchError: If it is in another thread or event loop than the scope's.
+        """
         try:
-            if asyncio.get_running_loop() is self.scope.loop:
-                return
-        except RuntimeError:  # no loop at all
-            pass
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is not None and loop is self.scope.loop:
+            return asyncio.current_task(loop)
         msg = (
             f"The AsyncSession of {self.scope!r} was used outside of the asyncio event loop that "
             "its scope was opened in. From a worker thread (a `def` endpoint) call back into the "
@@ -126,32 +131,28 @@ class SessionUse:
         or after the COMMIT of the response: after it, it begins the next transaction.
 
         Returns:
-            The task that :meth:`leave` is to be told; ``None`` for the one that is ending the
-            transaction, which need not be told of.
+            The task that :meth:`leave` is to be told; ``None`` where nobody waits for it to leave:
+            it is ending the transaction, or part of another operation (a flush in a query).
         """
+        task = self.current_task()
+        if task in self._users:
+            return None
         self.check_registration()
-        self.check_loop()
-        task = asyncio.current_task()
         if task is None or task is self.ender:
             return None
-        # An operation may be part of another (a flush in a query), which has been let in.
-        if task not in self._users:
-            while self.ender is not None:
-                await_only(asyncio.wait([self.ender]))
-                self.check_registration()
-            if self.is_closing:
-                self.scope.refuse_late_use()
-        self._users[task] = self._users.get(task, 0) + 1
+        while self.ender is not None:
+            await_only(asyncio.wait([self.ender]))
+            self.check_registration()
+        if self.is_closing:
+            self.scope.refuse_late_use()
+        self._users.add(task)
         return task
 
     def leave(self, task: asyncio.Task[Any] | None, session: Session) -> None:
         """An operation has ended; the last one out clears up what it was told to."""
         if task is None:
             return
-        self._users[task] -= 1
-        if self._users[task]:
-            return
-        del self._users[task]
+        self._users.remove(task)
         if self._users:
             return
         if self.is_torn:
