@@ -49,6 +49,9 @@ if TYPE_CHECKING:
 innermost: ContextVar[ScopeHolder | None] = ContextVar("asgi_dbscope", default=None)
 """The innermost holder; ``None`` outside of any scope."""
 
+get_innermost, set_innermost, reset_innermost = innermost.get, innermost.set, innermost.reset
+"""Bound once: binding them costs a request more than calling them."""
+
 
 def find_scope(database: Database[Any]) -> SessionScope[Any] | None:
     """The innermost scope of *database*, open or closed; ``None`` outside of any."""

@@ -63,6 +63,7 @@ class Phase(Fact):
     BACKGROUND = "BACKGROUND"
 
 
+_RESPONSE = Phase.RESPONSE
 _BODY = Phase.BODY
 _BACKGROUND = Phase.BACKGROUND
 
@@ -92,13 +93,21 @@ class ResponseGate:
         is_over: Whether the request has ended.
     """
 
-    _phase = Phase.RESPONSE
-    _has_trailers = False
-    _failure: BaseException | None = None
-    _lock: asyncio.Lock | None = None
-    scopes: Sequence[SessionScope[Any]] = ()
-    loop: asyncio.AbstractEventLoop | None = None
-    is_over = False
+    __slots__ = (
+        "_asgi_scope",
+        "_failure",
+        "_has_trailers",
+        "_lock",
+        "_outer_exception",
+        "_phase",
+        "_raw_receive",
+        "_raw_send",
+        "is_over",
+        "loop",
+        "outer",
+        "scopes",
+        "served",
+    )
 
     def __init__(
         self,
@@ -114,6 +123,13 @@ class ResponseGate:
         self._raw_receive = receive
         self._raw_send = send
         self._outer_exception = handled_exception()
+        self._phase = _RESPONSE
+        self._has_trailers = False
+        self._failure: BaseException | None = None
+        self._lock: asyncio.Lock | None = None
+        self.scopes: Sequence[SessionScope[Any]] = ()
+        self.is_over = False
+        self.loop: asyncio.AbstractEventLoop | None = None
         try:  # noqa: SIM105 - a context manager costs as much as the rest of this
             self.loop = get_running_loop()
         except RuntimeError:  # an app under Trio does well as long as it uses no session

@@ -150,8 +150,11 @@ class Lifecycle:
         outcome: What became of its last transaction.
     """
 
-    state = State.IDLE
-    outcome = Outcome.NOT_BEGUN
+    __slots__ = ("outcome", "state")
+
+    def __init__(self) -> None:
+        self.state = State.IDLE
+        self.outcome = Outcome.NOT_BEGUN
 
     def advance(self, event: Event) -> State:
         """Take note of *event*.

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
-from asgi_dbscope import _current
+from asgi_dbscope._current import get_innermost, reset_innermost, set_innermost
 from asgi_dbscope._database import Database
 from asgi_dbscope._gate import ResponseGate, Served
 from asgi_dbscope._policy import commit_unless_error
@@ -110,8 +110,8 @@ class DBSessionMiddleware:
             if not served.options:  # a second instance for the same databases
                 return await self.app(scope, receive, send)
         scope[KEY] = True
-        gate = ResponseGate(served, _current.innermost.get(), scope, receive, send)
-        token = _current.innermost.set(gate)
+        gate = ResponseGate(served, get_innermost(), scope, receive, send)
+        token = set_innermost(gate)
         try:
             result = await self.app(scope, gate.receive, gate.send)
             return await gate.finish(result, None) if gate.scopes else result
@@ -121,7 +121,7 @@ class DBSessionMiddleware:
             raise
         finally:
             gate.is_over = True
-            _current.innermost.reset(token)
+            reset_innermost(token)
             if served is self._served:  # the first instance that it came to
                 scope.pop(KEY, None)
 
@@ -136,16 +136,16 @@ class DBSessionMiddleware:
 
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Serve a connection whose messages have sessions, by blocks of their own."""
-        holder = _current.innermost.get()
+        holder = get_innermost()
         session_scopes: list[SessionScope[Any]] = []
         for database, options in self._served.options.items():
             holder = SessionScope(database, holder, options, scope)
             session_scopes.append(holder)
-        token = _current.innermost.set(holder)
+        token = set_innermost(holder)
         try:
             return await self.app(scope, receive, send)
         finally:
-            _current.innermost.reset(token)
+            reset_innermost(token)
             for session_scope in session_scopes:
                 session_scope.close_settled()
 
@@ -185,7 +185,7 @@ _END_OF_LIFE = frozenset(
 def _unserved(served: Served) -> Served:
     """*served* without the databases that a scope is open for already."""
     options = dict(served.options)
-    holder = _current.innermost.get()
+    holder = get_innermost()
     while holder is not None:
         if not holder.is_over:
             for database in holder.databases:

@@ -60,8 +60,17 @@ class SessionScope(Lifecycle, Generic[S]):
 
     """
 
-    use: SessionUse | None = None
-    _session: S | None = None
+    __slots__ = (
+        "__weakref__",
+        "_asgi_scope",
+        "_gate",
+        "_session",
+        "database",
+        "loop",
+        "options",
+        "outer",
+        "use",
+    )
 
     def __init__(
         self,
@@ -71,11 +80,14 @@ class SessionScope(Lifecycle, Generic[S]):
         asgi_scope: Scope | None = None,
         gate: ResponseGate | None = None,
     ) -> None:
+        super().__init__()
         self.database = database
         self.outer = outer
         self.options = options
         self._asgi_scope = asgi_scope
         self._gate = gate
+        self._session: S | None = None
+        self.use: SessionUse | None = None
         self.loop = asyncio.get_running_loop() if gate is None else gate.loop
 
     # ---------------------------------------------------------------- what users see
