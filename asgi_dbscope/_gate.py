@@ -306,6 +306,7 @@ class ResponseGate:
 
     async def _close(self, cause: Cause) -> asyncio.CancelledError | None:
         """Close every scope, and return a cancellation that arrived meanwhile."""
+        self.is_over = True  # a scope that a child task asks for now would never be closed
         cancellation: asyncio.CancelledError | None = None
         for scope in self.scopes:
             if scope.is_settled():

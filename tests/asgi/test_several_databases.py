@@ -11,6 +11,7 @@ from asgi_dbscope import (
     Database,
     DBSessionMiddleware,
     Outcome,
+    SessionScopeClosedError,
     current_scope,
     current_session,
 )
@@ -368,3 +369,32 @@ async def test_outcomes_are_of_each_database(first, second, drive):
 
     assert exchange.error is None
     assert [Outcome.COMMITTED, Outcome.NOT_BEGUN] == outcomes
+
+
+async def test_database_first_asked_for_while_the_request_closes_is_refused(
+    first, second, engine, drive
+):
+    """G9, G22: a child task gets no scope of a second database once the first one is closing."""
+    is_committing = asyncio.Event()
+    sa.event.listen(engine.sync_engine, "commit", lambda connection: is_committing.set())
+    refusals: list[BaseException] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def child():
+        await is_committing.wait()
+        try:
+            await second.session.execute(sa.insert(Item).values(id=2))
+        except SessionScopeClosedError as error:
+            refusals.append(error)
+
+    async def app(scope, receive, send):
+        await send(start())
+        await send(body())
+        first.session.add(Item(id=1))
+        tasks.append(asyncio.create_task(child()))
+
+    exchange = await drive(DBSessionMiddleware(app, databases=[first, second]))
+    await tasks[0]
+
+    assert exchange.error is None
+    assert [SessionScopeClosedError] == [type(each) for each in refusals]
