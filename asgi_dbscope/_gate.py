@@ -47,12 +47,12 @@ class Served:
 
         commit_error_response: See :class:`.DBSessionMiddleware`.
 
-        hides_exceptions: Called where a ``BaseHTTPMiddleware`` inside is met; warns, once.
+        warn_of_hider: Told the class of a ``BaseHTTPMiddleware`` that a response came through.
     """
 
     options: dict[Database[Any], ScopeOptions]
     commit_error_response: CommitErrorResponse | None
-    hides_exceptions: Callable[[], bool]
+    warn_of_hider: Callable[[type], None]
 
 
 class Phase(Fact):
@@ -351,7 +351,10 @@ class ResponseGate:
             exception = None
         is_raised = exception is not None
         if 400 <= status < 500 and not is_raised:  # noqa: PLR2004 - a 4xx
-            is_raised = _comes_through_base_http_middleware() and self.served.hides_exceptions()
+            hider = _find_base_http_middleware()
+            if hider is not None:
+                is_raised = True
+                self.served.warn_of_hider(hider)
         headers: Iterable[tuple[bytes, bytes]] = message.get("headers", ())
         if iter(headers) is headers:  # a policy's look must not use it up
             headers = message["headers"] = list(headers)
@@ -394,8 +397,8 @@ def _type_of(message: Message) -> object:
     return message.get("type") if isinstance(message, dict) else None
 
 
-def _comes_through_base_http_middleware() -> bool:
-    """Whether the message being sent came through a ``BaseHTTPMiddleware`` inside.
+def _find_base_http_middleware() -> type | None:
+    """The class of a ``BaseHTTPMiddleware`` inside that the message being sent came through.
 
     It runs the app in a task of its own, so that the exception behind a response can't be seen,
     and sends the response from its ``__call__``: a frame of the coroutines that wait for this one,
@@ -403,11 +406,12 @@ def _comes_through_base_http_middleware() -> bool:
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, of CPython
     while frame is not None:
-        module = frame.f_globals.get("__name__")
         if frame.f_code.co_name == "__call__":
-            if module == "starlette.middleware.base":
-                return True
+            module = frame.f_globals.get("__name__")
+            middleware: object = frame.f_locals.get("self")
+            if module == "starlette.middleware.base" and hasattr(middleware, "dispatch_func"):
+                return type(middleware)
             if module == "asgi_dbscope._middleware":
-                return False  # what comes now is around us, not inside
+                break  # what comes now is around us, not inside
         frame = frame.f_back
-    return False
+    return None

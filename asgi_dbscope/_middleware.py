@@ -93,10 +93,13 @@ class DBSessionMiddleware:
         self._served = Served(
             {each: each.options.changed(changes) for each in self.databases},
             commit_error_response,
-            self.hides_exceptions,
+            self._warn_of_hider,
         )
         self._is_excluded = _check_exclude(exclude)
-        self._hides_exceptions = _find_exception_hider(app)
+        self._has_warned = False
+        hider = _find_hider(app)
+        if hider is not None:
+            self._warn_of_hider(hider)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
         """Serve one ASGI scope; what the app returns is returned."""
@@ -169,12 +172,18 @@ class DBSessionMiddleware:
                 await database.dispose()
             raise
 
-    def hides_exceptions(self) -> bool:
-        """Whether a ``BaseHTTPMiddleware`` inside hides which responses were raised."""
-        if self._hides_exceptions is None:
-            # An app wrapped whole may have got middleware after it was wrapped.
-            self._hides_exceptions = bool(_find_exception_hider(self.app))
-        return self._hides_exceptions
+    def _warn_of_hider(self, hider: type) -> None:
+        """Warn, once: when the middleware is built, or where one shows later in a part of it."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        msg = (
+            f"{hider.__name__} is a BaseHTTPMiddleware inside DBSessionMiddleware: it hides "
+            "whether a 4xx response was returned or raised, so every 4xx that comes through it is "
+            "taken for raised and rolled back. Write it as pure ASGI middleware, or put it "
+            "outside: in Starlette and FastAPI add it after DBSessionMiddleware."
+        )
+        warnings.warn(msg, stacklevel=3)
 
 
 _END_OF_LIFE = frozenset(
@@ -266,30 +275,20 @@ def _check_exclude(exclude: Exclude | None) -> Callable[[Scope], bool] | None:
     return is_excluded
 
 
-def _find_exception_hider(app: object) -> bool | None:
-    """Look for a ``BaseHTTPMiddleware`` inside; ``None`` where the app may still get one."""
-    may_grow = False
+def _find_hider(app: object) -> type | None:
+    """The first ``BaseHTTPMiddleware`` inside, as far as the app has been put together."""
     while app is not None:
         planned = [getattr(each, "cls", None) for each in getattr(app, "user_middleware", ())]
-        hider = next(filter(_is_base_http_middleware, (type(app), *planned)), None)
-        if hider is not None:
-            warnings.warn(_HIDER_WARNING.format(getattr(hider, "__name__", hider)), stacklevel=4)
-            return True
-        may_grow = may_grow or hasattr(app, "user_middleware")
+        for cls in (type(app), *planned):
+            if isinstance(cls, type) and _is_base_http_middleware(cls):
+                return cls
         app = getattr(app, "app", None)
-    return None if may_grow else False
+    return None
 
 
-_HIDER_WARNING = (
-    "{} is a BaseHTTPMiddleware inside DBSessionMiddleware: it hides whether a 4xx response was "
-    "returned or raised, so every 4xx is taken for raised and rolled back. Write it as pure ASGI "
-    "middleware, or add DBSessionMiddleware after it (inside)."
-)
-
-
-def _is_base_http_middleware(cls: object) -> bool:
+def _is_base_http_middleware(cls: type) -> bool:
     # By name, so that Starlette need not be installed.
     return any(
         each.__name__ == "BaseHTTPMiddleware" and each.__module__ == "starlette.middleware.base"
-        for each in getattr(cls, "__mro__", ())
+        for each in cls.__mro__
     )

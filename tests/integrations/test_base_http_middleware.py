@@ -12,12 +12,14 @@ import starlette
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from asgi_dbscope import DBSessionMiddleware, current_session
+from tests.fix_asgi import http_scope
 from tests.fix_database import Child, Item
 from tests.fix_frameworks import answering_disconnect
 
@@ -371,6 +373,28 @@ async def test_app_wrapped_whole_that_gets_one_later_is_told_at_its_first_4xx(db
 
     with pytest.warns(UserWarning, match=f"Passing {WARNING}"):
         exchange = await drive(answering_disconnect(served))
+
+    assert 404 == exchange.status
+    assert [] == await rows()
+
+
+@pytest.mark.parametrize("returned", [True, False])
+async def test_one_in_a_part_of_the_app_hides_there(db, drive, rows, returned):
+    """G3: in a mount's own middleware it hides what was raised just as well, and is told of."""
+
+    async def endpoint(request: Request) -> Response:
+        current_session().add(Item(id=1))
+        if returned:
+            return JSONResponse({}, status_code=404)
+        raise HTTPException(404)
+
+    part = Mount("/part", routes=[Route("/", endpoint)], middleware=[Middleware(Passing)])
+    app = Starlette(routes=[part])
+    app.state.is_inside, app.state.sessions = True, []
+    app.add_middleware(DBSessionMiddleware, database=db)
+
+    with pytest.warns(UserWarning, match=f"Passing {WARNING}"):
+        exchange = await drive(answering_disconnect(app), http_scope("/part/"))
 
     assert 404 == exchange.status
     assert [] == await rows()
