@@ -1,0 +1,81 @@
+"""The dialect table for databases and drivers that the other tests don't run on."""
+
+import sqlite3
+from types import SimpleNamespace
+from typing import Any
+
+import aiosqlite
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+from sqlalchemy.engine.default import DefaultDialect
+
+from asgi_dbscope import ConfigurationError, _dialects
+
+
+def mysql_connection() -> Any:
+    """What the table asks of a connection to a MySQL that isn't there."""
+    return SimpleNamespace(dialect=mysql.dialect(), get_execution_options=dict)
+
+
+def engine_of(dialect: Any) -> sa.Engine:
+    """An engine of *dialect* that never connects."""
+
+    def refuse() -> Any:
+        raise AssertionError("a connection was asked for")
+
+    return sa.Engine(sa.NullPool(refuse), dialect, sa.make_url("unknown://"))
+
+
+def test_read_only_is_refused_where_no_database_would_enforce_it():
+    """G20: `read_only=True` on a database that we can't make enforce it is an error, no promise."""
+    with pytest.raises(ConfigurationError, match="can't be enforced on mysql yet") as caught:
+        _dialects.enforce_read_only(mysql_connection())
+
+    assert "database user that may only read" in str(caught.value)
+
+
+def test_unknown_isolation_level_is_told_without_a_connection():
+    """G20: A level that the database doesn't have is refused before a connection is taken."""
+    with pytest.raises(ConfigurationError, match="'SNAPSHOT' is none of mysql's: SERIALIZABLE"):
+        _dialects.check_isolation_level(engine_of(mysql.dialect()), "SNAPSHOT")
+
+
+@pytest.mark.parametrize("level", ["repeatable_read", "Serializable", "READ COMMITTED"])
+def test_isolation_level_is_known_however_it_is_spelled(level):
+    """G20: A level is known in each of the spellings that SQLAlchemy takes."""
+    _dialects.check_isolation_level(engine_of(mysql.dialect()), level)
+
+
+def test_isolation_level_is_left_to_a_dialect_that_lists_none():
+    """G20: Where a dialect doesn't say which levels it has, its database is the one to refuse."""
+    engine = engine_of(DefaultDialect())
+    with pytest.raises(NotImplementedError):
+        engine.dialect.get_isolation_level_values(None)  # type: ignore[arg-type]
+
+    _dialects.check_isolation_level(engine, "SNAPSHOT")
+
+
+def test_error_aborts_no_transaction_on_a_database_that_goes_on():
+    """G21: MySQL rolls back only the failed statement, so the rest may still be committed."""
+    error = sqlite3.IntegrityError("duplicate")
+
+    assert not _dialects.may_abort(mysql_connection(), error)
+
+
+def test_driver_that_says_nothing_of_transactions_is_in_none():
+    """G19: A driver that can't tell is left to SQLAlchemy's own reset."""
+    assert not _dialects.is_in_transaction(object())
+
+
+async def test_closed_connection_is_in_no_transaction():
+    """G19: A connection that is closed can't say any more, and is in no transaction."""
+    connection = await aiosqlite.connect(":memory:")
+    await connection.execute("BEGIN")
+    assert _dialects.is_in_transaction(connection)
+
+    await connection.close()
+
+    with pytest.raises(ValueError, match="no active connection"):
+        _ = connection.in_transaction
+    assert not _dialects.is_in_transaction(connection)
