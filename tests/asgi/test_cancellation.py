@@ -457,3 +457,58 @@ async def test_commit_that_is_never_answered_is_given_up_in_doubt(engine):
     assert task.cancelled()
     assert not run.has_head
     assert Outcome.IN_DOUBT is run.scope.outcome
+
+
+@pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
+async def test_background_commit_that_is_never_answered_is_given_up_in_doubt(engine):
+    """G10, G15: after the response too, a COMMIT is waited for no longer than `cleanup_timeout`."""
+    db = Database(engine, cleanup_timeout=0.05)
+    run = Run(Cut("once", "suspending", 1), 1)
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        await send(body(b"ok"))
+        run.scope = current_scope()
+        await use(db, run.first)
+
+    async with SlowCommit(engine) as commit:
+        task = asyncio.create_task(request(db, run, app))
+        await commit.wait_until_reached()
+        task.cancel()
+        async with asyncio.timeout(ENOUGH):
+            await asyncio.wait([task])
+        assert 1 == engine.pool.checkedout()  # the lock's own
+
+    assert task.cancelled()
+    assert run.has_whole_body
+    assert Outcome.IN_DOUBT is run.scope.outcome
+
+
+@pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
+async def test_error_under_way_comes_before_the_cancellation_of_its_rollback(db, engine, rows):
+    """G10: cancelled while an error's ROLLBACK is under way, the error comes out, then that."""
+    error = LookupError("no such item")
+    rolling_back = asyncio.Event()
+    sa.event.listen(engine.sync_engine, "rollback", lambda _: rolling_back.set())
+    raised = []
+
+    async def app(scope, receive, send):
+        await use(db, 1)
+        raise error
+
+    async def serve():
+        try:
+            await request(db, Run(Cut("once", "suspending", 1), 1), app)
+        except LookupError as seen:
+            raised.append(seen)
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(serve())
+    await rolling_back.wait()
+    task.cancel()
+    async with asyncio.timeout(ENOUGH):
+        await asyncio.wait([task])
+
+    assert [error] == raised
+    assert task.cancelled()
+    assert [] == await rows()

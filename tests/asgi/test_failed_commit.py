@@ -1,5 +1,6 @@
 """A COMMIT that fails: rolled back, and an error, whatever the app makes of it."""
 
+import contextlib
 import logging
 
 import pytest
@@ -260,6 +261,27 @@ async def test_commit_error_response_that_fails_to_commit_surfaces(db, drive, ro
     assert isinstance(exchange.error, sa.exc.IntegrityError)
     assert [] == exchange.messages
     assert 1 == len(asked)
+    assert [] == await rows()
+
+
+async def test_commit_error_response_that_swallows_its_own_failure_surfaces(db, drive, rows):
+    """G2: the app that answers in place can't hide that its own COMMIT failed either."""
+
+    async def swallow(scope, receive, send):
+        await orphan(db)
+        with contextlib.suppress(sa.exc.IntegrityError):
+            await respond(send)
+
+    async def app(scope, receive, send):
+        await orphan(db)
+        await respond(send)
+
+    exchange = await drive(
+        DBSessionMiddleware(app, database=db, commit_error_response=lambda scope, error: swallow)
+    )
+
+    assert isinstance(exchange.error, sa.exc.IntegrityError)
+    assert [] == exchange.messages
     assert [] == await rows()
 
 

@@ -902,6 +902,39 @@ async def test_second_instance_serves_only_what_is_not_served_yet(
     assert [2] == await _ids(second_engine)
 
 
+async def test_request_of_a_task_that_outlived_its_own_has_every_database(
+    db, second_engine, drive, rows
+):
+    """G9, G11: What the first request left in the context serves none of the second's databases."""
+    second = Database(second_engine, name="second")
+    request_is_over = asyncio.Event()
+    tasks = []
+
+    async def inner(scope, receive, send):
+        db.session.add(Item(id=1))
+        second.session.add(Item(id=2))
+        await answer(send)
+
+    async def late():
+        await request_is_over.wait()
+        return await drive(layered(inner))
+
+    async def app(scope, receive, send):
+        tasks.append(asyncio.create_task(late()))
+        await answer(send)
+
+    def layered(app):
+        return DBSessionMiddleware(DBSessionMiddleware(app, database=second), database=db)
+
+    await drive(layered(app))
+    request_is_over.set()
+    (exchange,) = await asyncio.gather(*tasks)
+
+    assert exchange.error is None
+    assert [1] == await rows()
+    assert [2] == await _ids(second_engine)
+
+
 async def test_second_instance_behind_a_copy_of_the_scope_does_nothing(db, drive, rows, timeline):
     """G18: A framework that copies the ASGI scope (a mount) hides no second instance."""
     sessions = []

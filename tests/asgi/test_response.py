@@ -192,6 +192,27 @@ async def test_policy_sees_the_head_and_its_exception(db, drive, rows):
     assert [1] == await rows()
 
 
+async def test_headers_that_are_an_iterator_reach_policy_and_server(db, drive, rows):
+    """G18, G3: headers that can be read only once are read by the policy, and sent all the same."""
+    seen: list[ResponseHead] = []
+    headers = [(b"x-keep", b"yes"), (b"x-more", b"1")]
+
+    def keep(head: ResponseHead) -> bool:
+        seen.append(head)
+        return True
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await send(start(200, headers=iter(headers)))
+        await send(body())
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, commit_policy=keep))
+
+    assert [ResponseHead(200, tuple(headers), None, raised=False)] == seen
+    assert headers == list(exchange.messages[0]["headers"])
+    assert [1] == await rows()
+
+
 async def test_policy_of_an_endpoint_goes_before_the_apps(db, drive, rows):
     """G3: an endpoint's own commit policy replaces the middleware's."""
 

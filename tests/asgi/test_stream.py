@@ -199,6 +199,28 @@ async def test_disconnect_that_a_sibling_task_sees_rolls_back_the_body(db, drive
     assert [] == await rows()
 
 
+@pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
+async def test_disconnect_while_the_last_message_commits_changes_nothing(db, drive, rows):
+    """G7: a disconnect that comes when the body's COMMIT is under way is too late to undo it."""
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        db.session.add(Item(id=2))
+        await db.session.flush()
+        sending = asyncio.create_task(send(body(b"end")))
+        await committing.wait()
+        assert DISCONNECT == await receive()
+        await sending
+        db.session.add(Item(id=3))
+
+    committing = asyncio.Event()
+    sa.event.listen(db.session_factory.kw["bind"].sync_engine, "commit", lambda _: committing.set())
+    exchange = await drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT])
+
+    assert exchange.error is None
+    assert [2, 3] == await rows()
+
+
 async def test_disconnect_before_the_head_changes_nothing(db, drive, rows):
     """G18: a handler that sees a disconnect and answers all the same commits all the same."""
 

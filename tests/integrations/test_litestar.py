@@ -15,6 +15,7 @@ from litestar import (
     Response,
     Router,
     WebSocket,
+    asgi,
     get,
     post,
     websocket,
@@ -419,3 +420,30 @@ async def test_websocket_opens_a_scope_for_each_message(engine, db, serve, rows)
 
     assert [0, 0] == checked_out
     assert [1, 2] == await rows()
+
+
+async def test_failed_commit_of_a_mounted_app_with_a_state_of_its_own(db, drive, rows):
+    """G2, G18: an app inside Litestar that has nothing of its state still gets its own error."""
+    caught: list[BaseException] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await db.session.execute(sa.insert(Child).values(id=1, item_id=404))
+        try:
+            await send({"type": "http.response.start", "status": 201, "headers": []})
+        except sa.exc.IntegrityError as error:
+            caught.append(error)
+            raise
+
+    served = DBSessionMiddleware(app, database=db)
+
+    @asgi("/", is_mount=True, copy_scope=True)
+    async def mount(scope: Any, receive: Any, send: Any) -> None:
+        await served({**scope, "state": {}}, receive, send)
+
+    litestar_app = Litestar([mount], logging_config=None, openapi_config=None)
+    exchange = await drive(answering_disconnect(litestar_app))
+
+    assert (500, None) == (exchange.status, exchange.error)
+    (error,) = caught
+    assert isinstance(error, sa.exc.IntegrityError)
+    assert [] == await rows()

@@ -240,6 +240,27 @@ async def test_apps_own_handler_renders_a_failed_commit(sync, db, install, drive
     assert [] == await rows()
 
 
+async def test_apps_own_handler_that_answers_nothing_leaves_it_to_the_server(
+    db, install, drive, rows
+):
+    """G2: a handler may return no response, as Starlette has it: nothing is sent, no success."""
+    handled: list[type[Exception]] = []
+
+    async def note(request: Request, error: Exception) -> None:
+        handled.append(type(error))
+
+    async def create(request: Request) -> Response:
+        await current_session().execute(sa.insert(Child).values(id=1, item_id=404))
+        return Response(status_code=201)
+
+    handlers: Any = {sa.exc.IntegrityError: note}
+    exchange = await drive(install(app_of(create, exception_handlers=handlers), database=db))
+
+    assert ([], None) == (exchange.messages, exchange.error)
+    assert [sa.exc.IntegrityError] == handled
+    assert [] == await rows()
+
+
 async def test_options_of_one_endpoint(db, install, drive, rows):
     """G3: `session_options` on an endpoint: its policy rolls back the 404 that it returned."""
 
