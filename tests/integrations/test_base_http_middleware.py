@@ -398,3 +398,37 @@ async def test_one_in_a_part_of_the_app_hides_there(db, drive, rows, returned):
 
     assert 404 == exchange.status
     assert [] == await rows()
+
+
+@pytest.mark.parametrize("level", ["mount", "route"])
+async def test_one_of_a_mounted_app_or_around_a_route_hides_there(level, db, drive, rows):
+    """G3: in a mounted app, or a route's own middleware, a raised 4xx is rolled back, too."""
+
+    async def fail(request: Request) -> Response:
+        current_session().add(Item(id=1))
+        await current_session().flush()
+        raise HTTPException(404)
+
+    async def passing(request: Request, call_next: Any) -> Response:
+        response: Response = await call_next(request)
+        return response
+
+    part = Starlette(routes=[Route("/", fail)])
+    part.add_middleware(BaseHTTPMiddleware, dispatch=passing)
+    route: Any = (
+        Mount("/part", part)
+        if level == "mount"
+        else Route("/part/", BaseHTTPMiddleware(app_of_part(fail), dispatch=passing))
+    )
+    app = Starlette(routes=[route])
+    app.add_middleware(DBSessionMiddleware, database=db)
+
+    exchange = await drive(answering_disconnect(app), http_scope("/part/"))
+
+    assert (404, None) == (exchange.status, exchange.error)
+    assert [] == await rows()
+
+
+def app_of_part(endpoint: Any) -> Starlette:
+    """An app with one endpoint at `/part/`."""
+    return Starlette(routes=[Route("/part/", endpoint)])
