@@ -122,17 +122,3 @@ async def test_commit_by_the_owner_of_the_connection_is_no_business_of_an_ended_
         await connection.commit()
 
     assert [1, 2] == await rows()
-
-
-async def test_connection_asked_for_twice_is_guarded_once(db, rows):
-    """G21: Asking for the connection again changes nothing about how its COMMIT is judged."""
-    judged = []
-    async with db.session_scope() as session:
-        first = await session.connection()
-        second = await session.connection()
-        assert first.sync_connection is second.sync_connection
-        sa.event.listen(first.sync_connection, "commit", judged.append)
-        await session.execute(INSERT)
-
-    assert 1 == len(judged)
-    assert [1] == await rows()

@@ -3,7 +3,7 @@
 import pytest
 import sqlalchemy as sa
 
-from asgi_dbscope import DBSessionMiddleware, Outcome, current_scope
+from asgi_dbscope import DBSessionMiddleware, Outcome, RollbackOnlyError, current_scope
 from tests.fix_asgi import body, start
 from tests.fix_database import Child, Item
 
@@ -306,4 +306,17 @@ async def test_savepoint_on_the_connection_is_part_of_the_response(db, drive, ro
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
     assert exchange.error is None
+    assert [] == await rows()
+
+
+async def test_connection_asked_for_twice_is_judged_as_once(db, rows):
+    """G4: Asking for the connection again leaves its COMMIT refused where the scope's would be."""
+    async with db.session_scope() as session:
+        await session.execute(sa.insert(Item).values(id=1))
+        await session.connection()
+        connection = await session.connection()
+        db.set_rollback_only()
+        with pytest.raises(RollbackOnlyError):
+            await connection.commit()
+
     assert [] == await rows()
