@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
-    from asgi_dbscope._options import ScopeOptions
 
 F = TypeVar("F", bound="Callable[..., Any]")
 P = ParamSpec("P")
@@ -80,11 +79,12 @@ class SessionHandle(Generic[S]):
 class SessionScopeBlock(Generic[S]):
     """What ``db.session_scope()`` returns: a context manager and a decorator."""
 
-    __slots__ = ("_database", "_options", "_scope", "_token")
+    __slots__ = ("_changes", "_database", "_scope", "_token")
 
-    def __init__(self, database: Database[S], options: ScopeOptions) -> None:
+    def __init__(self, database: Database[S], changes: dict[str, Any]) -> None:
+        database.options.changed(changes)  # an error now rather than at the first entry
         self._database = database
-        self._options = options
+        self._changes = changes
         self._scope: SessionScope[S] | None = None
         self._token: Token[ScopeHolder | None] | None = None
 
@@ -101,7 +101,7 @@ class SessionScopeBlock(Generic[S]):
 
         @wraps(function)
         async def in_scope(*args: P.args, **kwargs: P.kwargs) -> R:
-            async with SessionScopeBlock(self._database, self._options):
+            async with SessionScopeBlock(self._database, self._changes):
                 return await function(*args, **kwargs)
 
         return in_scope
@@ -110,9 +110,16 @@ class SessionScopeBlock(Generic[S]):
         if self._scope is not None:
             msg = "This session_scope() is entered already; call db.session_scope() once per block."
             raise ConfigurationError(msg)
-        self._scope = SessionScope(self._database, _current.innermost.get(), self._options)
-        self._token = _current.innermost.set(self._scope)
-        return self._scope.session
+        options = self._database.options
+        enclosing = _current.find_scope(self._database)
+        if enclosing is not None and enclosing.is_websocket:
+            options = enclosing.options  # the middleware's, for this connection
+        scope = SessionScope(
+            self._database, _current.innermost.get(), options.changed(self._changes)
+        )
+        session = scope.session
+        self._scope, self._token = scope, _current.innermost.set(scope)
+        return session
 
     async def __aexit__(
         self,

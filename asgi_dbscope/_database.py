@@ -22,7 +22,7 @@ from asgi_dbscope._policy import Cause
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Dialect, Engine
 
     from asgi_dbscope._policy import Mode
     from asgi_dbscope._scope import SessionScope
@@ -91,7 +91,9 @@ class Database(Generic[S]):
             source = self.owned_engine = make_engine(source)
         self.session_factory: async_sessionmaker[S] = reporting_factory(source)
         self._shaped_engines: dict[tuple[Engine, tuple[tuple[str, Any], ...]], Engine] = {}
-        self._watched_engines: set[Engine] = set()
+        dialect = getattr(self.session_factory.kw.get("bind"), "dialect", None)
+        self.begins_late = getattr(dialect, "name", None) == "sqlite"
+        self._watched_dialects: set[Dialect] = set()
         self._session_proxy: async_scoped_session[S] | None = None
 
     def __repr__(self) -> str:
@@ -194,7 +196,7 @@ class Database(Generic[S]):
         changes: dict[str, Any] = {"read_only": read_only, "isolation_level": isolation_level}
         if mode is not None:
             changes["mode"] = mode
-        return SessionScopeBlock(self, self.options.changed(changes))
+        return SessionScopeBlock(self, changes)
 
     # ---------------------------------------------------------------- for the scope
 
@@ -206,9 +208,9 @@ class Database(Generic[S]):
 
     def watch(self, connection: Connection, scope: SessionScope[S]) -> None:
         """Report to *scope* what goes wrong on *connection*."""
-        if connection.engine not in self._watched_engines:
+        if connection.dialect not in self._watched_dialects:
             watch_engine(connection.engine)
-            self._watched_engines.add(connection.engine)
+            self._watched_dialects.add(connection.dialect)
         watch(connection, scope)
 
     def shaped_engine(self, engine: Engine, execution_options: dict[str, Any]) -> Engine:

@@ -103,6 +103,23 @@ def is_autocommit(connection: Connection) -> bool:
     return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
 
 
+def check_transactional(engine: Engine) -> None:
+    """Refuse an engine that is AUTOCOMMIT by itself where a transaction is asked for.
+
+    Raises:
+        ConfigurationError: If it is.
+    """
+    level = engine.get_execution_options().get("isolation_level") or getattr(
+        engine.dialect, "_on_connect_isolation_level", None
+    )
+    if level == "AUTOCOMMIT":
+        msg = (
+            f"{engine!r} was made with isolation_level='AUTOCOMMIT': there is no transaction that "
+            "could be rolled back. Say mode='autocommit', or make the engine without it."
+        )
+        raise ConfigurationError(msg)
+
+
 def may_abort(connection: Connection, error: BaseException) -> bool:
     """Whether the database may have aborted the transaction at *error*, without asking it."""
     dialect = connection.dialect.name
@@ -118,6 +135,11 @@ def may_abort(connection: Connection, error: BaseException) -> bool:
     return False
 
 
+def can_ask(connection: Connection) -> bool:
+    """Whether :func:`is_aborted` learns something from the database without a suspicion."""
+    return connection.dialect.name in POSTGRESQL and not is_autocommit(connection)
+
+
 def is_aborted(connection: Connection) -> bool:
     """Ask the database whether the transaction that :func:`may_abort` suspects is aborted."""
     if connection.dialect.name in POSTGRESQL:
@@ -126,11 +148,12 @@ def is_aborted(connection: Connection) -> bool:
     return True
 
 
-def begin_before_savepoint(connection: Connection) -> None:
-    """Begin the transaction that a savepoint needs around it.
+def begin(connection: Connection) -> None:
+    """Begin in the database itself, where the driver would put it off.
 
-    Python's ``sqlite3`` begins only before INSERT, UPDATE, DELETE and REPLACE. A SAVEPOINT that
-    comes first would be SQLite's outermost transaction, and its RELEASE a COMMIT.
+    Python's ``sqlite3`` begins only before what starts with INSERT, UPDATE, DELETE or REPLACE. A
+    write that starts with WITH would be durable at once; a SAVEPOINT that comes first would be
+    SQLite's outermost transaction, and its RELEASE a COMMIT.
     """
     if (
         connection.dialect.name == "sqlite"

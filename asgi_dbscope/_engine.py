@@ -17,7 +17,7 @@ from asgi_dbscope._lifecycle import Event, State
 from asgi_dbscope.errors import TransactionAbortedError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Dialect, Engine
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry
@@ -25,8 +25,15 @@ if TYPE_CHECKING:
     from asgi_dbscope._scope import SessionScope
 
 
-_watched_engines: WeakSet[Engine] = WeakSet()
-_scopes: WeakKeyDictionary[Connection, SessionScope[Any]] = WeakKeyDictionary()
+_watched_dialects: WeakSet[Dialect] = WeakSet()
+"""One per real engine: its variants by ``execution_options()`` share its dialect and its pool."""
+
+_scopes: WeakKeyDictionary[Connection, tuple[SessionScope[Any], ...]] = WeakKeyDictionary()
+"""Innermost last; more than one only where sessions share a connection, as in tests."""
+
+_handed_out: WeakSet[Connection] = WeakSet()
+"""Connections that the user asked for: errors on the driver's own connection aren't heard of."""
+
 _errors: WeakKeyDictionary[Connection, BaseException] = WeakKeyDictionary()
 """The error after which the database may have aborted a connection's transaction.
 
@@ -39,13 +46,18 @@ def watch(connection: Connection, scope: SessionScope[Any]) -> None:
 
     Its engine is watched by then.
     """
-    _scopes[connection] = scope
+    _scopes[connection] = (*_scopes.get(connection, ()), scope)
 
 
-def unwatch(connection: Connection) -> None:
-    """The transaction on *connection* is over."""
-    del _scopes[connection]
+def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
+    """The transaction of *scope* on *connection* is over."""
+    others = tuple(each for each in _scopes.get(connection, ()) if each is not scope)
+    if others:
+        _scopes[connection] = others
+    else:
+        _scopes.pop(connection, None)
     _errors.pop(connection, None)
+    _handed_out.discard(connection)
 
 
 def watch_engine(engine: Engine) -> None:
@@ -55,9 +67,9 @@ def watch_engine(engine: Engine) -> None:
     (``commit``, ``savepoint``) makes SQLAlchemy build the dispatch of each connection anew, a tenth
     of the cost of a SELECT.
     """
-    if engine in _watched_engines:
+    if engine.dialect in _watched_dialects:
         return
-    _watched_engines.add(engine)
+    _watched_dialects.add(engine.dialect)
     event.listen(engine, "handle_error", _on_error)
     event.listen(engine, "reset", _dialects.undo_read_only)
     event.listen(engine, "checkin", _on_checkin)
@@ -68,7 +80,6 @@ def shape_engine(engine: Engine, execution_options: dict[str, Any]) -> Engine:
     watch_engine(engine)
     variant = _ShapedEngine(engine, {})
     variant.shape = execution_options
-    _watched_engines.add(variant)
     return variant
 
 
@@ -93,15 +104,16 @@ class _ShapedEngine(OptionEngine):
 
 def guard_commit(connection: Connection) -> None:
     """Judge also a COMMIT that is asked of *connection* itself, past its session."""
+    _handed_out.add(connection)
     if not event.contains(connection, "commit", _before_commit):
         event.listen(connection, "commit", _before_commit)
 
 
 def _before_commit(connection: Connection) -> None:
-    scope = _scopes.get(connection)
-    if scope is not None:
+    scopes = _scopes.get(connection)
+    if scopes:
         refuse_if_aborted(connection)
-        scope.note_commit()
+        scopes[-1].note_commit()
 
 
 def refuse_if_aborted(connection: Connection) -> None:
@@ -113,17 +125,17 @@ def refuse_if_aborted(connection: Connection) -> None:
         TransactionAbortedError: If it has.
     """
     error = _errors.get(connection)
-    if error is None:
+    if error is None and not (connection in _handed_out and _dialects.can_ask(connection)):
         return
     try:
         is_aborted = connection.invalidated or _dialects.is_aborted(connection)
-    except Exception:  # noqa: BLE001 - whatever it is, it can't be committed
-        is_aborted = True
+    except Exception as refusal:  # noqa: BLE001 - whatever it is, it can't be committed
+        is_aborted, error = True, error or refusal
     if not is_aborted:
-        del _errors[connection]
+        _errors.pop(connection, None)
         return
     msg = (
-        f"{_scopes[connection]!r} can't commit: the database aborted this transaction at an "
+        f"{_scopes[connection][-1]!r} can't commit: the database aborted this transaction at an "
         f"earlier error ({type(error).__name__}: {error}), which the code caught and went on from. "
         "Nothing of the transaction is kept. Let the error propagate; or, where it is expected, "
         "wrap the statement in `async with session.begin_nested():` so that only this part is "
@@ -134,9 +146,10 @@ def refuse_if_aborted(connection: Connection) -> None:
 
 def _on_error(context: ExceptionContext) -> None:
     connection = context.connection
-    scope = None if connection is None else _scopes.get(connection)
-    if scope is None or connection is None:
+    scopes = None if connection is None else _scopes.get(connection)
+    if not scopes or connection is None:
         return
+    scope = scopes[-1]
     error = context.original_exception
     if scope.state is State.COMMITTING and context.is_disconnect:
         scope.advance(Event.ANSWER_LOST)
@@ -146,6 +159,8 @@ def _on_error(context: ExceptionContext) -> None:
             context.is_disconnect = False
     elif _dialects.may_abort(connection, error):
         _errors.setdefault(connection, error)
+        if scope.state is State.COMMITTING:  # past the session's check: a listener of the user's
+            guard_commit(connection)
 
 
 def _on_checkin(

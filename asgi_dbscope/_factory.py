@@ -58,7 +58,8 @@ def _derived_factory(factory: async_sessionmaker[AsyncSession]) -> async_session
     sync_class = options.get("sync_session_class", factory.class_.sync_session_class)
     if isinstance(sync_class, sessionmaker):
         maker = cast("sessionmaker[Session]", sync_class)
-        options = {**maker.kw, **options}
+        info = {**maker.kw.get("info", {}), **options.get("info", {})}
+        options = {**maker.kw, **options, **({"info": info} if info else {})}
         sync_class = maker.class_
     if not (isinstance(sync_class, type) and issubclass(sync_class, Session)):
         msg = (

@@ -11,7 +11,7 @@ import sys
 from asyncio import get_running_loop
 from dataclasses import dataclass
 from sys import exception as handled_exception
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._asgi import ResponseHead
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("asgi_dbscope")
 
 
-_creation = Lock()
+_creation = RLock()
 """Held while a request makes a scope: two worker threads may ask for it at the same time."""
 
 

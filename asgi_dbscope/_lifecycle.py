@@ -102,6 +102,8 @@ TRANSITIONS: dict[State, dict[Event, State]] = {
         Event.ROLLED_BACK: State.IDLE,
     },
     State.COMMITTING: {
+        # A listener to the COMMIT may take a first connection of a second bind.
+        Event.BEGUN: State.COMMITTING,
         Event.COMMIT_SENT: State.COMMITTING,
         Event.COMMITTED: State.IDLE,
         Event.ANSWER_LOST: State.IN_DOUBT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -33,7 +33,7 @@ S = TypeVar("S", bound=AsyncSession)
 
 logger = logging.getLogger("asgi_dbscope")
 
-_creation = Lock()
+_creation = RLock()
 """Held while a scope makes its session: two worker threads may ask for it at the same time."""
 
 
@@ -114,7 +114,7 @@ class SessionScope(Lifecycle, Generic[S]):
     @property
     def has_session(self) -> bool:
         """Whether there is a session to be had: not after the end, nor in a websocket."""
-        return not self.is_over and not self._is_websocket()
+        return not self.is_over and not self.is_websocket
 
     @property
     def is_rollback_only(self) -> bool:
@@ -153,7 +153,7 @@ class SessionScope(Lifecycle, Generic[S]):
             SessionScopeClosedError: If the scope has ended.
             ConfigurationError: If the mode is ``"autocommit"``: nothing could be rolled back.
         """
-        self.check_open()
+        self._check_has_session()
         if self.options.mode == "autocommit":
             msg = (
                 f"{self!r} is in mode 'autocommit': its statements are durable one by one, and "
@@ -170,10 +170,16 @@ class SessionScope(Lifecycle, Generic[S]):
             LateOptionsError: If it shapes transactions and one has begun already.
             SessionScopeClosedError: If the scope has ended.
         """
-        self.check_open()
+        self._check_has_session()
         options = self.options.changed(changes)
         if options == self.options:
             return
+        if options.mode == "autocommit" and self.is_rollback_only:
+            msg = (
+                f"{self!r} was set rollback-only, and in mode 'autocommit' its statements would be "
+                "durable one by one. Leave one of the two out."
+            )
+            raise ConfigurationError(msg)
         late = SHAPES_TRANSACTION & changes.keys()
         if late and (self.outcome is not Outcome.NOT_BEGUN or self.state in OPEN):
             msg = (
@@ -300,9 +306,9 @@ class SessionScope(Lifecycle, Generic[S]):
         try:
             if use.is_busy and not await use.wait_until_free(timeout):
                 await self._invalidate(session, use)
-                if ending is Ending.COMMIT:
+                if ending is Ending.COMMIT and not use.is_torn:
                     raise ConcurrentSessionUseError(use.busy_message(timeout))
-            elif ending is Ending.COMMIT:
+            elif ending is Ending.COMMIT and not use.is_torn:
                 await self._commit(session, use)
             else:
                 self._warn_of_loss(session, use)
@@ -312,6 +318,7 @@ class SessionScope(Lifecycle, Generic[S]):
             if ending is Ending.COMMIT:
                 raise
         finally:
+            use.is_torn = False
             use.ender = None
 
     async def _commit(self, session: AsyncSession, use: SessionUse) -> None:
@@ -366,17 +373,23 @@ class SessionScope(Lifecycle, Generic[S]):
 
     # ---------------------------------------------------------------- the session
 
-    def _is_websocket(self) -> bool:
+    @property
+    def is_websocket(self) -> bool:
+        """Whether it is a websocket's, which has sessions only by blocks of their own."""
         return self._asgi_scope is not None and self._gate is None
 
-    def _make_session(self) -> S:
+    def _check_has_session(self) -> None:
         self.check_open()
-        if self._is_websocket():
+        if self.is_websocket:
             msg = (
                 f"{self!r}: a websocket's session is open for one message at a time, so that it "
-                "holds no connection in between. Use `async with db.session_scope() as session:`."
+                "holds no connection in between. Use `async with db.session_scope() as session:`, "
+                "and give it what is for this message: mode=, read_only=, isolation_level=."
             )
             raise WebSocketSessionError(msg)
+
+    def _make_session(self) -> S:
+        self._check_has_session()
         with _creation:
             if self._session is None:
                 self.use = SessionUse(self)

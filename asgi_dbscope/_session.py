@@ -48,6 +48,8 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "get_bind": _shaping(base.get_bind),
         "begin": _reporting(_beginning(base.begin)),
         "connection": _reporting(_connecting(base.connection)),
+        "begin_on_database": _beginning_on_database(base.connection),
+        "reset": _reporting(base.reset, explains=False),
         "close": _closing(base.close),
     }
     for name in STATEMENTS:
@@ -60,6 +62,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         namespace[name] = _checked(getattr(base, name))
     cls = type(base.__name__, (base,), namespace)
     event.listen(cls, "after_begin", _after_begin)
+    event.listen(cls, "after_flush", _after_flush)
     event.listen(cls, "before_commit", _before_commit)
     event.listen(cls, "after_commit", _after_commit)
     event.listen(cls, "after_transaction_end", _after_transaction_end)
@@ -91,10 +94,19 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
                 _leave_autocommit(self, nested=nested)
             if nested:
                 for connection in use.connections:
-                    _dialects.begin_before_savepoint(connection)
+                    _dialects.begin(connection)
         return begin(self, nested=nested)
 
     return beginning
+
+
+def _beginning_on_database(connection: Callable[..., Any]) -> Callable[..., Any]:
+    def begin_on_database(self: Any) -> None:
+        # Python's sqlite3 begins only before what starts with INSERT, UPDATE, DELETE or REPLACE:
+        # not before WITH, a comment or SAVEPOINT, which would be durable at once.
+        _dialects.begin(connection(self))
+
+    return begin_on_database
 
 
 def _connecting(connection: Callable[..., Any]) -> Callable[..., Any]:
@@ -102,7 +114,7 @@ def _connecting(connection: Callable[..., Any]) -> Callable[..., Any]:
     def connecting(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = connection(self, *args, **kwargs)
         if self.use is not None:  # who asks for the connection may use its verbs
-            _dialects.begin_before_savepoint(found)
+            _dialects.begin(found)
             guard_commit(found)
         return found
 
@@ -115,7 +127,7 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(close)
     def closing(self: Any) -> None:
         use = self.use
-        if use is not None and self.in_transaction():
+        if use is not None and self.in_transaction() and not use.scope.is_over:
             use.current_task()  # the scope's loop, or an error
             use.note_loss(self)
             reporting(self)
@@ -156,8 +168,8 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if not _is_read(statement):
                 use.has_written = True
-                if isinstance(statement, TextClause) and statement.text[:9].upper() == "SAVEPOINT":
-                    self.connection()
+                if use.scope.database.begins_late and not _is_outside(statement):
+                    self.begin_on_database()
             return method(self, statement, *args, **kwargs)
         except _NO_CONNECTION as error:
             _explain(use, error)
@@ -173,6 +185,13 @@ def _is_read(statement: Any) -> bool:
     if isinstance(statement, TextClause):
         return statement.text.lstrip()[:6].upper() in _READS
     return bool(getattr(statement, "is_select", False))
+
+
+def _is_outside(statement: Any) -> bool:
+    """Whether *statement* is one that SQLite refuses inside a transaction."""
+    return isinstance(statement, TextClause) and (
+        statement.text.lstrip()[:6].upper() in {"VACUUM", "ATTACH", "DETACH"}
+    )
 
 
 _READS = frozenset({"SELECT", "VALUES", "EXPLAI", "PRAGMA"})
@@ -250,10 +269,19 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     use.connections.append(connection)
     scope.database.watch(connection, scope)
     scope.advance(Event.BEGUN)
+    if scope.options.mode != "autocommit":
+        _dialects.check_transactional(connection.engine)
+    if use.is_committing:  # the first change was made by a listener of the user's
+        scope.note_commit()
     if scope.options.read_only:
         _dialects.enforce_read_only(connection)
     if session.in_nested_transaction():
-        _dialects.begin_before_savepoint(connection)
+        _dialects.begin(connection)
+
+
+def _after_flush(session: Any, context: object) -> None:  # noqa: ARG001 - SQLAlchemy's signature
+    if session.use is not None:
+        session.use.has_written = True
 
 
 def _before_commit(session: Any) -> None:
@@ -261,6 +289,7 @@ def _before_commit(session: Any) -> None:
     use: SessionUse | None = session.use
     if use is None or session.in_nested_transaction():
         return
+    use.is_committing = True
     session.flush()  # what goes wrong here goes wrong before COMMIT
     if not use.connections:
         return
@@ -280,8 +309,9 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     if use is None or transaction.parent is not None:
         return
     use.has_written = False
+    use.is_committing = False
     for connection in use.connections:
-        unwatch(connection)
+        unwatch(connection, use.scope)
     use.connections.clear()
     if use.scope.state in OPEN:
         use.scope.advance(Event.ROLLED_BACK)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from asgi_dbscope._completion import run_to_completion
+from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._policy import Ending
 from asgi_dbscope.errors import (
     EventLoopMismatchError,
@@ -28,6 +29,10 @@ GRACE = 1.0
 """Seconds for throwing away a connection that its scope has given up already."""
 
 
+_ending: ContextVar[SessionUse | None] = ContextVar("asgi_dbscope_ending", default=None)
+"""The use of the session that this task, or the one that started it, is ending."""
+
+
 class SessionUse:
     """The use of one scope's session, reported by the session at each operation's ends.
 
@@ -39,6 +44,8 @@ class SessionUse:
         ender: The task that is ending the session's transaction now; nobody else may use it.
 
         has_written: Whether something other than a read was asked of the open transaction.
+
+        is_committing: Whether the session is inside its COMMIT.
 
         has_lost: Whether the session was closed by hand with changes that nobody committed.
 
@@ -63,6 +70,7 @@ class SessionUse:
         "is_abandoned",
         "is_closed",
         "is_closing",
+        "is_committing",
         "is_torn",
         "scope",
     )
@@ -75,6 +83,7 @@ class SessionUse:
         self.has_lost = False
         self.is_closed = False
         self.is_closing = False
+        self.is_committing = False
         self.is_torn = False
         self.is_abandoned = False
         self._users: set[asyncio.Task[Any]] = set()
@@ -140,6 +149,8 @@ class SessionUse:
         self.check_registration()
         if task is None or task is self.ender:
             return None
+        if self.ender is not None and _ending.get() is self:
+            return None  # a task that the user's own commit() or rollback() started
         while self.ender is not None:
             await_only(asyncio.wait([self.ender]))
             self.check_registration()
@@ -155,12 +166,13 @@ class SessionUse:
         self._users.remove(task)
         if self._users:
             return
-        if self.is_torn:
+        if self.is_torn and self.ender is None:
             # In a task of its own: this one is most likely being cancelled.
             self.is_torn = False
-            await_only(self.scope.settle(Ending.ROLLBACK))
+            redeliver(await_only(self.scope.settle(Ending.ROLLBACK)))
         if self.is_abandoned:
-            await_only(run_to_completion(greenlet_spawn(session.invalidate), grace=GRACE))
+            throwing_away = greenlet_spawn(session.invalidate)
+            redeliver(await_only(run_to_completion(throwing_away, grace=GRACE)))
         if self._becomes_free is not None and not self._becomes_free.done():
             self._becomes_free.set_result(None)
 
@@ -179,6 +191,7 @@ class SessionUse:
         while self.ender is not None:
             await asyncio.wait([self.ender])
         self.ender = asyncio.current_task()
+        _ending.set(self)  # in the context of the ending's task, and so of those it starts
 
     async def wait_until_free(self, timeout: float) -> bool:  # noqa: ASYNC109 - the answer is False, not an error
         """Wait for other tasks to come out of the session, *timeout* seconds at most."""
