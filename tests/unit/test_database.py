@@ -68,3 +68,14 @@ async def test_options_of_a_sessionmaker_are_kept(engine):
             assert not session.sync_session.enable_baked_queries
             assert not session.autoflush
             assert 1 == await session.scalar(sa.select(1))
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+async def test_info_of_both_sessionmakers_is_kept(engine):
+    """G11: The `info` of a synchronous and an asynchronous maker are both in the session's."""
+    maker = sessionmaker(class_=AuditedSession, info={"team": "orders"})
+    factory = async_sessionmaker(engine, sync_session_class=maker, info={"site": "north"})
+
+    for session_factory in (factory, Database(factory).session_factory):
+        async with session_factory() as session:
+            assert {"team": "orders", "site": "north"} == session.info
