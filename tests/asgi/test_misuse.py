@@ -1183,3 +1183,23 @@ def test_every_error_is_a_dbscope_error():
     for error in errors:
         assert issubclass(error, DBScopeError)
         assert error.__doc__
+
+
+@pytest.mark.parametrize("way", ["engine", "execution options"])
+async def test_engine_that_is_autocommit_by_itself_is_told(make_engine, way):
+    """G3: An engine with no transactions is refused where the scope promises to roll back."""
+    if way == "engine":
+        engine = made = make_engine("sqlite", isolation_level="AUTOCOMMIT")
+    else:
+        made = make_engine("sqlite")
+        engine = made.execution_options(isolation_level="AUTOCOMMIT")
+    database = Database(engine)
+
+    with pytest.raises(ConfigurationError, match="Say mode='autocommit', or make the engine"):
+        async with database.session_scope() as session:
+            await session.execute(sa.select(1))
+    async with database.session_scope(mode="autocommit") as session:
+        assert 1 == await session.scalar(sa.select(1))
+
+    assert 0 == _checked_out(made)
+    await made.dispose()
