@@ -101,4 +101,4 @@ async def test_connection_that_cannot_be_thrown_away_is_left_to_the_last_one_out
     await asyncio.gather(*tasks, return_exceptions=True)
 
     assert Outcome.COMMITTED not in outcomes
-    assert 0 == engine.pool.checkedout()  # type: ignore[attr-defined]
+    assert 0 == engine.pool.checkedout()
