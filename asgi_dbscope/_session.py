@@ -289,8 +289,8 @@ def _before_commit(session: Any) -> None:
     use: SessionUse | None = session.use
     if use is None or session.in_nested_transaction():
         return
-    use.is_committing = True
     session.flush()  # what goes wrong here goes wrong before COMMIT
+    use.is_committing = True
     if not use.connections:
         return
     for connection in use.connections:
