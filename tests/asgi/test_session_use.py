@@ -11,6 +11,7 @@ from asgi_dbscope import (
     DBSessionMiddleware,
     EventLoopMismatchError,
     Outcome,
+    SessionScopeClosedError,
     current_scope,
 )
 from tests.fix_asgi import body, start
@@ -101,4 +102,97 @@ async def test_connection_that_cannot_be_thrown_away_is_left_to_the_last_one_out
     await asyncio.gather(*tasks, return_exceptions=True)
 
     assert Outcome.COMMITTED not in outcomes
+    assert 0 == engine.pool.checkedout()
+
+
+async def test_child_that_comes_between_the_rollback_and_the_close_is_refused(
+    engine, db, drive, rows
+):
+    """G9, G22: the transaction is over and the scope not yet; nothing begins any more."""
+    is_free = asyncio.Event()
+    sa.event.listen(engine.sync_engine, "checkin", lambda *args: is_free.set())
+    refusals: list[BaseException] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def child(session: AsyncSession) -> None:
+        await is_free.wait()
+        try:
+            await session.execute(sa.insert(Item).values(id=2))
+        except SessionScopeClosedError as error:
+            refusals.append(error)
+
+    async def app(scope, receive, send):
+        session = db.session
+        await session.execute(sa.insert(Item).values(id=1))
+        tasks.append(asyncio.create_task(child(session)))
+        raise LookupError
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    await asyncio.gather(*tasks)
+
+    assert isinstance(exchange.error, LookupError)
+    assert 1 == len(refusals)
+    assert [] == await rows()
+
+
+async def test_child_that_waits_for_the_end_is_refused_after_it(engine, drive, rows):
+    """G9, G22: its statement came while the scope rolled back for good."""
+    is_rolling_back = asyncio.Event()
+    may_end = asyncio.Event()
+
+    class Slow(AsyncSession):
+        async def rollback(self):
+            is_rolling_back.set()
+            await may_end.wait()
+            await super().rollback()
+
+    db = Database(async_sessionmaker(engine, class_=Slow), cleanup_timeout=5.0)
+    refusals: list[BaseException] = []
+    tasks: list[asyncio.Task[None]] = []
+
+    async def child(session: AsyncSession) -> None:
+        await is_rolling_back.wait()
+        asyncio.get_running_loop().call_soon(may_end.set)
+        try:
+            await session.execute(sa.insert(Item).values(id=2))
+        except SessionScopeClosedError as error:
+            refusals.append(error)
+
+    async def app(scope, receive, send):
+        session = db.session
+        await session.execute(sa.insert(Item).values(id=1))
+        tasks.append(asyncio.create_task(child(session)))
+        raise LookupError
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    await asyncio.gather(*tasks)
+
+    assert isinstance(exchange.error, LookupError)
+    assert 1 == len(refusals)
+    assert [] == await rows()
+
+
+async def test_rollback_that_the_loops_end_cancels_throws_the_connection_away(engine, drive):
+    """G10: whoever cancels the ending's own task gets a clean pool all the same."""
+    is_rolling_back = asyncio.Event()
+
+    class Hanging(AsyncSession):
+        async def rollback(self):
+            is_rolling_back.set()
+            await asyncio.Event().wait()
+
+    db = Database(async_sessionmaker(engine, class_=Hanging), cleanup_timeout=30.0)
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.insert(Item).values(id=1))
+        raise LookupError
+
+    before = asyncio.all_tasks()
+    request = asyncio.create_task(drive(DBSessionMiddleware(app, database=db)))
+    await is_rolling_back.wait()
+    for task in asyncio.all_tasks() - before - {request}:
+        task.cancel()
+    exchange = await request
+
+    assert isinstance(exchange.error, LookupError)
     assert 0 == engine.pool.checkedout()
