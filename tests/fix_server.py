@@ -7,6 +7,7 @@ look at the engine's pool; granian runs in a process of its own.
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -221,8 +222,10 @@ async def serve_process(command: list[str], **environment: str) -> AsyncIterator
         "-m",
         *(part.format(port=port) for part in command),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     assert process.stderr is not None
     told = asyncio.create_task(process.stderr.read())
@@ -239,10 +242,11 @@ async def serve_process(command: list[str], **environment: str) -> AsyncIterator
         try:
             async with asyncio.timeout(PATIENCE):
                 await process.wait()
-        except TimeoutError:
-            process.kill()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers, too
             await process.wait()
-        await told
+            await told
 
 
 async def _answers(port: int) -> bool:

@@ -405,9 +405,15 @@ async def test_failed_commit_of_an_app_wrapped_whole_surfaces(db, drive):
     assert [] == app.state.ran
 
 
-@pytest.mark.parametrize("sync_endpoint", [False, True], ids=["endpoint", "sync-endpoint"])
-@pytest.mark.parametrize("sync_handler", [False, True], ids=["handler", "sync-handler"])
-@pytest.mark.parametrize("handled", [sa.exc.IntegrityError, sa.exc.DBAPIError])
+@pytest.mark.parametrize(
+    ("handled", "sync_handler", "sync_endpoint"),
+    [
+        (sa.exc.IntegrityError, False, False),
+        (sa.exc.DBAPIError, True, False),
+        (sa.exc.SQLAlchemyError, False, True),
+    ],
+    ids=["async", "sync-handler", "sync-endpoint"],
+)
 async def test_apps_own_handler_renders_a_failed_commit(
     handled, sync_handler, sync_endpoint, db, install, drive, timeline, caplog
 ):

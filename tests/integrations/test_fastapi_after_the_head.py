@@ -15,7 +15,7 @@ from starlette.background import BackgroundTask
 from asgi_dbscope import StreamSessionError, current_scope, current_session, session_options
 from tests.fix_asgi import http_scope
 from tests.fix_database import Child, Item
-from tests.fix_frameworks import innermost
+from tests.fix_frameworks import added, innermost
 
 VERSION = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
 
@@ -362,7 +362,7 @@ async def test_file_by_pathsend_is_sent_after_the_commit(
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)
 async def test_block_of_a_yield_dependency_is_open_across_the_head(
-    scope, db, install, drive, rows, timeline
+    scope, db, drive, rows, timeline
 ):
     """G1: the user's own `session.begin()` around the endpoint is committed before the head."""
     app = FastAPI()
@@ -377,7 +377,7 @@ async def test_block_of_a_yield_dependency_is_open_across_the_head(
     ) -> None:
         session.add(Item(id=1))
 
-    exchange = await drive(install(app, database=db), http_scope("/", "POST"))
+    exchange = await drive(added(app, database=db), http_scope("/", "POST"))
 
     assert (200, None) == (exchange.status, exchange.error)
     assert ["checkout", "begin", "commit", "checkin", "start 200", "last body"] == timeline
@@ -386,7 +386,7 @@ async def test_block_of_a_yield_dependency_is_open_across_the_head(
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)
 async def test_block_of_a_yield_dependency_is_rolled_back_when_the_endpoint_raises(
-    scope, db, install, drive, rows
+    scope, db, drive, rows
 ):
     """G3: the user's own block and a raised HTTPException: nothing stays, whoever rolls back."""
     app = FastAPI()
@@ -403,14 +403,14 @@ async def test_block_of_a_yield_dependency_is_rolled_back_when_the_endpoint_rais
         await session.flush()
         raise HTTPException(409)
 
-    exchange = await drive(install(app, database=db), http_scope("/", "POST"))
+    exchange = await drive(added(app, database=db), http_scope("/", "POST"))
 
     assert (409, None) == (exchange.status, exchange.error)
     assert [] == await rows()
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)
-async def test_block_of_a_yield_dependency_whose_commit_fails(scope, db, install, drive, rows):
+async def test_block_of_a_yield_dependency_whose_commit_fails(scope, db, drive, rows):
     """G2: a commit that fails is no success, whether the user's block or the head asked for it."""
     app = FastAPI()
 
@@ -425,7 +425,7 @@ async def test_block_of_a_yield_dependency_whose_commit_fails(scope, db, install
         session.add(Item(id=1))
         await session.execute(sa.insert(Child).values(id=1, item_id=404))
 
-    exchange = await drive(install(app, database=db), http_scope("/", "POST"))
+    exchange = await drive(added(app, database=db), http_scope("/", "POST"))
 
     assert exchange.status in {None, 500}
     assert isinstance(exchange.error, sa.exc.IntegrityError)
@@ -433,7 +433,7 @@ async def test_block_of_a_yield_dependency_whose_commit_fails(scope, db, install
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)
-async def test_yield_dependencys_exit_may_write(scope, db, install, drive, rows):
+async def test_yield_dependencys_exit_may_write(scope, db, drive, rows):
     """G8: what a dependency writes after its `yield` is committed, before or after the head."""
     app = FastAPI()
 
@@ -447,14 +447,14 @@ async def test_yield_dependencys_exit_may_write(scope, db, install, drive, rows)
     ) -> None:
         session.add(Item(id=1))
 
-    exchange = await drive(install(app, database=db), http_scope("/", "POST"))
+    exchange = await drive(added(app, database=db), http_scope("/", "POST"))
 
     assert (200, None) == (exchange.status, exchange.error)
     assert [1, 2] == await rows()
 
 
 @pytest.mark.parametrize("scope", SCOPES, ids=str)
-async def test_dependency_that_commits_by_hand_at_its_exit(scope, db, install, drive, rows):
+async def test_dependency_that_commits_by_hand_at_its_exit(scope, db, drive, rows):
     """G1: the habitual `yield session; await session.commit()` does no harm under us."""
     app = FastAPI()
 
@@ -474,7 +474,7 @@ async def test_dependency_that_commits_by_hand_at_its_exit(scope, db, install, d
         if item_id == 2:
             raise HTTPException(400)
 
-    served = install(app, database=db)
+    served = added(app, database=db)
 
     assert 200 == (await drive(served, http_scope("/1", "POST"))).status
     assert 400 == (await drive(served, http_scope("/2", "POST"))).status
