@@ -85,7 +85,8 @@ Drive = Callable[..., Awaitable[Exchange]]
 def drive(timeline: Timeline) -> Drive:
     """Send one request to an app; return what came of it, never raise.
 
-    `received` are the messages the app may receive; after them `receive()` waits for ever.
+    `received` are the messages the app may receive. After them `receive()` waits for the end of
+    the response, and then says what a server says: the client is gone.
     Each message that the server gets is put on the timeline: `start 200`, `body`, `last body`.
     """
 
@@ -98,18 +99,21 @@ def drive(timeline: Timeline) -> Drive:
     ) -> Exchange:
         exchange = Exchange()
         waiting = list(received)
+        has_ended = asyncio.Event()
 
         async def receive() -> Message:
             if waiting:
                 return waiting.pop(0)
-            await asyncio.Event().wait()
-            raise AssertionError
+            await has_ended.wait()
+            return {"type": "http.disconnect"}
 
         async def send(message: Message) -> None:
             timeline.append(_name(message))
             exchange.messages.append(dict(message))
             if on_send is not None:
                 await on_send(message)
+            if exchange.is_complete:
+                has_ended.set()
 
         try:
             exchange.result = await app(http_scope() if scope is None else scope, receive, send)
