@@ -294,8 +294,10 @@ class SessionScope(Lifecycle, Generic[S]):
         session, self._session = self._session, None
         use, self.use = self.use, None
         if self.state in OPEN:
-            # Abandoned: whoever still has the connection throws it away; the server rolls back.
-            self.advance(Event.ROLLED_BACK)
+            # Abandoned: whoever still has the connection throws it away; the server rolls back,
+            # unless it has had the COMMIT already.
+            is_sent = self.state is State.COMMITTING
+            self.advance(Event.ANSWER_LOST if is_sent else Event.ROLLED_BACK)
         self.advance(Event.CLOSED)
         if session is not None and use is not None and not use.is_abandoned:
             session.sync_session.close()
@@ -325,6 +327,8 @@ class SessionScope(Lifecycle, Generic[S]):
         try:
             await session.commit()
         except BaseException as error:
+            if self.state is State.COMMITTING and not isinstance(error, Exception):
+                self.advance(Event.ANSWER_LOST)  # cancelled, and the driver said nothing of it
             await self._roll_back(session, use)
             became = (
                 "may or may not have been committed: the connection was lost during COMMIT"
