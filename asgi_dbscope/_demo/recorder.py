@@ -35,17 +35,31 @@ class Exchange:
 
         has_sent_commit: Whether a COMMIT is on its way to the database.
 
+        has_body: Set when the app sends the first piece of the body, or will never send one.
+
         is_over: Set when the app has returned, background work included.
     """
 
     label: str
     has_sent_commit: bool = False
     marks: list[tuple[str, float]] = field(default_factory=list)
+    has_body: asyncio.Event = field(default_factory=asyncio.Event)
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def mark(self, name: str) -> None:
         """Note that *name* happened now."""
         self.marks.append((name, perf_counter()))
+
+    def mark_message(self, message: Message) -> None:
+        """Note that *message* is sent."""
+        if message["type"] == "http.response.start":
+            self.mark(f"head {message['status']}")
+            return
+        if not message.get("more_body", False):
+            self.mark("last byte")
+        elif not self.has_body.is_set():
+            self.mark("first byte")
+        self.has_body.set()
 
     def has(self, name: str) -> bool:
         """Whether *name* happened."""
@@ -83,12 +97,7 @@ class Recorder:
             return message
 
         async def mark_and_send(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                exchange.mark(f"head {message['status']}")
-            elif not message.get("more_body", False):
-                exchange.mark("last byte")
-            elif not exchange.has("first byte"):
-                exchange.mark("first byte")
+            exchange.mark_message(message)
             await send(message)
 
         token = _current.set(exchange)
@@ -99,6 +108,7 @@ class Recorder:
             raise
         finally:
             _current.reset(token)
+            exchange.has_body.set()
             exchange.is_over.set()
             if self.on_over is not None:
                 self.on_over(exchange)

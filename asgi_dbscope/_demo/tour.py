@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 TIMEOUT = 30.0
 """Seconds that one request may take, background work included."""
 
-
-PATIENCE = 0.5
-"""Seconds that a client waits, if it does: the buffers between fill up, and the app has to wait."""
+PAUSE = 0.2
+"""Seconds that a client which takes its time takes; only what is printed depends on it."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +58,18 @@ async def visit(site: Site, step: Step) -> Visit:
         httpx.AsyncClient(base_url=site.url, trust_env=False, timeout=TIMEOUT) as client,
         client.stream(method, path, json=json) as response,
     ):
+        exchange = site.recorder.latest
+        assert exchange is not None
         if step.client != "reads":
-            await asyncio.sleep(PATIENCE)
+            async with asyncio.timeout(TIMEOUT):
+                await exchange.has_body.wait()
+            await asyncio.sleep(PAUSE)
         held = site.store.held()
         try:
             if step.client != "leaves":
                 await response.aread()
         except httpx.RemoteProtocolError:
             is_complete = False
-    exchange = site.recorder.latest
-    assert exchange is not None
     async with asyncio.timeout(TIMEOUT):
         await exchange.is_over.wait()
     rows = await site.store.rows()

@@ -106,7 +106,7 @@ def test_every_guarantee_is_kept_on_sqlite(demo, tmp_path):
     ran = demo("--once")
 
     steps = summary(ran.stdout)
-    assert ("", 0) == (ran.stderr, ran.returncode)
+    assert ("", 0) == (ran.stderr, ran.returncode), ran.stdout
     assert [step.title for step in STEPS] == list(steps)
     assert GUARANTEES == {each for guarantees, _, _ in steps.values() for each in guarantees}
     assert {"kept"} == {ours for _, ours, _ in steps.values()}
@@ -122,7 +122,7 @@ async def test_every_guarantee_is_kept_on_postgresql(demo, postgres_url):
     ran = demo("--once", "--url", postgres_url)
 
     steps = summary(ran.stdout)
-    assert ("", 0) == (ran.stderr, ran.returncode)
+    assert ("", 0) == (ran.stderr, ran.returncode), ran.stdout
     assert [step.title for step in STEPS] == list(steps)
     assert {"kept"} == {ours for _, ours, _ in steps.values()}
     assert "NOT KEPT" == steps["An SQL error that the app swallowed"][2]
