@@ -184,7 +184,7 @@ class Observer:
             "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
             "AND backend_type = 'client backend' AND pid <> pg_backend_pid() AND state <> 'idle'"
         )
-        async with asyncio.timeout(5), self.engine.connect() as connection:
+        async with asyncio.timeout(ENOUGH), self.engine.connect() as connection:
             while list(await connection.scalars(others)):
                 await asyncio.sleep(0.001)  # another process ends them
 
@@ -251,7 +251,7 @@ async def check_g10(
     others = asyncio.all_tasks() - before
     assert [] == [each for each in others if is_ours(each)]
     if others:  # the driver's own: asyncpg's request to the server to cancel a query
-        _, others = await asyncio.wait(others, timeout=5)
+        _, others = await asyncio.wait(others, timeout=ENOUGH)
     assert not others
     assert 0 == observer.watched.pool.checkedout()  # type: ignore[attr-defined]
     assert True not in open_connections(observer.watched)
@@ -388,8 +388,9 @@ class SlowCommit:
 
     async def wait_until_reached(self) -> None:
         """Wait until a COMMIT waits."""
-        waiting = sa.text(
-            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+        waiting = sa.text(  # of this database: other workers of the test run have others
+            "SELECT count(*) FROM pg_locks JOIN pg_database ON database = pg_database.oid "
+            "WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted"
         )
         async with self._engine.connect() as connection:
             while not await connection.scalar(waiting):

@@ -216,6 +216,7 @@ async def test_graceful_shutdown_disposes_of_an_engine_of_our_own(engine, uvicor
             found = await connection.scalar(
                 sa.text(
                     "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'dbscope_owned'"
+                    " AND datname = current_database()"
                 )
             )
         return found or 0
