@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Annotated, Any
 
 import pytest
+import sqlalchemy as sa
 from dependency_injector import containers, providers
 from dependency_injector.wiring import Closing, Provide, Provider, inject
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from starlette.testclient import TestClient
 
 from asgi_dbscope import (
@@ -290,16 +291,19 @@ async def test_injected_task_without_a_scope_of_its_own_is_told_so(app, drive):
         await task
 
 
-async def test_job_is_injected_inside_of_its_scope(container, db, rows):
-    """G12: each call of an injected job has a session; one that raises leaves nothing."""
+async def test_job_builds_its_graph_inside_of_its_scope(container, db, rows):
+    """G12: a job with `Provider[...]` has a session per call; one that raises leaves nothing."""
 
-    @db.session_scope()
     @inject
-    async def job(item_id: int, place: PlaceItem = Provide[Container.place]) -> PlaceItem:
-        await place(item_id)
-        if item_id == 3:
-            raise LookupError
-        return place
+    async def job(
+        item_id: int, build: Callable[[], PlaceItem] = Provider[Container.place]
+    ) -> PlaceItem:
+        async with db.session_scope():
+            place = build()
+            await place(item_id)
+            if item_id == 3:
+                raise LookupError
+            return place
 
     container.wire(modules=[sys.modules[__name__]])
     jobs = (job(each) for each in (1, 2, 3))
@@ -313,17 +317,43 @@ async def test_job_is_injected_inside_of_its_scope(container, db, rows):
 
 
 @SQLITE
-async def test_job_that_is_injected_outside_of_its_scope_is_told_so(container, db):
-    """With the decorators the other way round the container asks before there is a session."""
+@pytest.mark.parametrize("is_outside", [True, False], ids=["outside", "inside"])
+async def test_job_that_is_injected_outside_of_its_scope_is_told_so(is_outside, container, db):
+    """Wiring wraps what it finds in a module outside of its decorators, whatever their order."""
+    module = ModuleType("tests_wired")
 
-    @inject
-    @db.session_scope()
     async def job(place: PlaceItem = Provide[Container.place]) -> None: ...
 
-    container.wire(modules=[sys.modules[__name__]])
+    job.__module__ = module.__name__
+    scoped = db.session_scope()
+    module.job = inject(scoped(job)) if is_outside else scoped(inject(job))  # type: ignore[attr-defined]
+    container.wire(modules=[module])
 
     with pytest.raises(NoSessionScopeError, match="session_scope"):
-        await job()
+        await module.job()
+
+
+async def test_factory_of_sessions_in_the_graph_ends_in_a_quick_error(make_engine, drive):
+    """G14: who opens sessions of its own besides takes two connections per request: no hang."""
+    engine = make_engine("sqlite", pool_timeout=0.1)
+    both = asyncio.Barrier(2)
+
+    class Leftover(containers.DeclarativeContainer):
+        session = providers.Factory(AsyncSession, expire_on_commit=False)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await current_session().execute(sa.text("SELECT 1"))
+        await both.wait()
+        async with Leftover.session(engine) as session:
+            await session.execute(sa.text("SELECT 1"))
+
+    served = DBSessionMiddleware(app, engine=engine)
+    exchanges = await asyncio.gather(drive(served), drive(served))
+    left = engine.pool.checkedout()
+    await engine.dispose()
+
+    assert [sa.exc.TimeoutError] * 2 == [type(each.error) for each in exchanges]
+    assert 0 == left
 
 
 @SQLITE
