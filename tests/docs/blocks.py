@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [
+    ROOT / "README.md",
+    *sorted(path for path in DOCS.rglob("*.md") if "_build" not in path.parts),
+]
 
 FENCE = re.compile(
-    r"(?:<!-- example: (?P<name>[\w-]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    r"(?:<!-- (?:example: (?P<name>[\w-]+)|not run: (?P<why_not>[^>]+)) -->\n)?"
+    r"^```(?P<language>\w+)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 Block = tuple[str, str]
-"""A page's file name, and the name in the comment above the block."""
+"""A page's name, and the name in the comment above the block."""
 
 shown: set[Block] = set()
 """The blocks that some test runs."""
@@ -31,6 +36,8 @@ class Source:
         name: As the comment above it says; empty without one.
 
         line: The number of its first line of code.
+
+        why_not: Why no test can run it, as the comment above it says; empty for all others.
     """
 
     page: Path
@@ -38,6 +45,12 @@ class Source:
     language: str
     code: str
     line: int
+    why_not: str
+
+
+def name_of(page: Path) -> str:
+    """What tests call a page: its path below `docs`."""
+    return page.relative_to(DOCS).as_posix() if page.is_relative_to(DOCS) else page.name
 
 
 def blocks_of(page: Path) -> list[Source]:
@@ -50,6 +63,7 @@ def blocks_of(page: Path) -> list[Source]:
             found["language"],
             found["code"],
             text.count("\n", 0, found.start("code")) + 1,
+            found["why_not"] or "",
         )
         for found in FENCE.finditer(text)
     ]
@@ -57,7 +71,7 @@ def blocks_of(page: Path) -> list[Source]:
 
 def find_block(page: str, name: str) -> Source:
     """The block of this name."""
-    (path,) = (path for path in PAGES if path.name == page)
+    (path,) = (path for path in PAGES if name_of(path) == page)
     found = [block for block in blocks_of(path) if block.name == name]
     assert 1 == len(found), f"{page} has {len(found)} examples named {name!r}"
     return found[0]
