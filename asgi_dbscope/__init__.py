@@ -2,11 +2,13 @@
 
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._current import current_scope, current_session
-from asgi_dbscope._database import Database
+from asgi_dbscope._database import Database, transactional
+from asgi_dbscope._hooks import on_commit, on_completion, on_rollback
 from asgi_dbscope._lifecycle import Outcome, State
 from asgi_dbscope._middleware import DBSessionMiddleware
 from asgi_dbscope._options import session_options
 from asgi_dbscope._policy import CommitPolicy, commit_on_success, commit_unless_error
+from asgi_dbscope._propagation import Propagation
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import (
     AmbiguousDatabaseError,
@@ -18,10 +20,16 @@ from asgi_dbscope.errors import (
     IllegalTransitionError,
     LateOptionsError,
     NoSessionScopeError,
+    PoolTooSmallError,
     RollbackOnlyError,
     SessionScopeClosedError,
+    SessionScopeMismatchError,
     StreamSessionError,
     TransactionAbortedError,
+    TransactionForbiddenError,
+    TransactionMismatchError,
+    TransactionRequiredError,
+    TransactionTimeoutError,
     WebSocketSessionError,
 )
 
@@ -39,17 +47,28 @@ __all__ = [
     "LateOptionsError",
     "NoSessionScopeError",
     "Outcome",
+    "PoolTooSmallError",
+    "Propagation",
     "ResponseHead",
     "RollbackOnlyError",
     "SessionScope",
     "SessionScopeClosedError",
+    "SessionScopeMismatchError",
     "State",
     "StreamSessionError",
     "TransactionAbortedError",
+    "TransactionForbiddenError",
+    "TransactionMismatchError",
+    "TransactionRequiredError",
+    "TransactionTimeoutError",
     "WebSocketSessionError",
     "commit_on_success",
     "commit_unless_error",
     "current_scope",
     "current_session",
+    "on_commit",
+    "on_completion",
+    "on_rollback",
     "session_options",
+    "transactional",
 ]

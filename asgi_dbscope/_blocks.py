@@ -6,28 +6,31 @@ import inspect
 import sys
 from contextlib import suppress
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 
 from asgi_dbscope import _current
 from asgi_dbscope._completion import redeliver
-from asgi_dbscope._policy import Cause
+from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._scope import SessionScope
-from asgi_dbscope.errors import ConfigurationError
+from asgi_dbscope.errors import ConfigurationError, RollbackOnlyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Generator
+    import asyncio
+    from collections.abc import Callable, Generator
     from contextvars import Token
     from types import FunctionType, TracebackType
 
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
+    from asgi_dbscope._options import ScopeOptions
 
 F = TypeVar("F", bound="Callable[..., Any]")
-P = ParamSpec("P")
-R = TypeVar("R")
-S = TypeVar("S", bound=AsyncSession)
+S = TypeVar("S", bound="AsyncSession | Session")
+AS = TypeVar("AS", bound=AsyncSession)
+SS = TypeVar("SS", bound=Session)
 
 
 def looks_like_coroutine_function(function: F) -> F:
@@ -43,14 +46,86 @@ def looks_like_coroutine_function(function: F) -> F:
     return function
 
 
+def check_with(database: Database[Any], *, is_async: bool, call: str) -> None:
+    """Refuse ``with`` on an asynchronous database, and ``async with`` on a synchronous one.
+
+    Raises:
+        ConfigurationError: If it is the wrong one.
+    """
+    if database.is_sync is not is_async:
+        return
+    right = "with" if is_async else "async with"
+    kind = "synchronous" if is_async else "asynchronous"
+    msg = f"{database!r} is {kind}: use `{right} {call}`."
+    raise ConfigurationError(msg)
+
+
+def decorate(function: F, database: Database[Any] | None, call: str, enter: Callable[[], Any]) -> F:
+    """*function*, each call of which runs inside what *enter* returns.
+
+    Args:
+        function: A coroutine function for an asynchronous database, a plain one for a synchronous.
+
+        database: The database, where it is known by now.
+
+        call: What messages call the decorator.
+
+        enter: Makes a fresh context manager.
+
+    Raises:
+        ConfigurationError: If *function* is of the wrong kind.
+    """
+    if isinstance(function, (classmethod, staticmethod)):
+        wrapper: Any = type(function)
+        return cast("F", wrapper(decorate(function.__func__, database, call, enter)))
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        msg = (
+            f"{function!r} is a generator, which is suspended between its values for as long as "
+            f"its reader likes. Use `{call}` as a context manager inside it, or around the loop "
+            "that reads it."
+        )
+        raise ConfigurationError(msg)
+    if isinstance(function, type) or not callable(function):
+        msg = f"{call} decorates functions; got {function!r}."
+        raise ConfigurationError(msg)
+    is_async = inspect.iscoroutinefunction(function)
+    if database is not None and database.is_sync is is_async:
+        kind, functions = (
+            ("synchronous", "plain functions")
+            if is_async
+            else ("asynchronous", "coroutine functions")
+        )
+        msg = (
+            f"{database!r} is {kind}, so {call} decorates {functions}; {function!r} is none. In "
+            "other code use it as a context manager."
+        )
+        raise ConfigurationError(msg)
+    call_it: Any = function
+    if is_async:
+
+        @wraps(call_it)
+        async def in_block(*args: Any, **kwargs: Any) -> Any:
+            async with enter():
+                return await call_it(*args, **kwargs)
+
+        return cast("F", in_block)
+
+    @wraps(call_it)
+    def in_block_here(*args: Any, **kwargs: Any) -> Any:
+        with enter():
+            return call_it(*args, **kwargs)
+
+    return cast("F", in_block_here)
+
+
 class SessionHandle(Generic[S]):
-    """What ``db.get_session()`` returns: to be awaited, or entered with ``async with``."""
+    """What ``db.get_session()`` returns: to be awaited, or entered with ``(async) with``."""
 
     __slots__ = ("_block", "_database")
 
     def __init__(self, database: Database[S]) -> None:
         self._database = database
-        self._block: SessionScopeBlock[S] | None = None
+        self._block: SessionScopeBlock[Any] | None = None
 
     def __await__(self) -> Generator[Any, Any, S]:
         return self._current().__await__()
@@ -58,13 +133,22 @@ class SessionHandle(Generic[S]):
     async def _current(self) -> S:
         return self._database.session
 
-    async def __aenter__(self) -> S:
+    def _find(self) -> S | None:
         scope = _current.find_scope(self._database)
         if scope is not None and scope.has_session:
             session: S = scope.session
             return session
         self._block = self._database.session_scope()
-        return await self._block.__aenter__()
+        return None
+
+    async def __aenter__(self: SessionHandle[AS]) -> AS:
+        check_with(self._database, is_async=True, call="db.get_session() as session:")
+        session = self._find()
+        if session is not None:
+            return session
+        assert self._block is not None
+        entered: AS = await self._block.__aenter__()
+        return entered
 
     async def __aexit__(
         self,
@@ -75,51 +159,115 @@ class SessionHandle(Generic[S]):
         if self._block is not None:
             await self._block.__aexit__(exc_type, exc, traceback)
 
+    def __enter__(self: SessionHandle[SS]) -> SS:
+        check_with(self._database, is_async=False, call="db.get_session() as session:")
+        session = self._find()
+        if session is not None:
+            return session
+        assert self._block is not None
+        entered: SS = self._block.__enter__()
+        return entered
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._block is not None:
+            self._block.__exit__(exc_type, exc, traceback)
+
+
+class OwnScope(Generic[S]):
+    """A scope of its own around a block: opened, made the current one, and closed."""
+
+    __slots__ = ("_token", "scope")
+
+    def __init__(
+        self, database: Database[S], options: ScopeOptions, name: str | None = None
+    ) -> None:
+        enclosing = _current.find_scope(database)
+        self.scope: SessionScope[S] = SessionScope(
+            database, _current.innermost.get(), options, name=name
+        )
+        if enclosing is not None and enclosing.has_session:
+            self.scope.holder = enclosing
+        self._token: Token[ScopeHolder | None] = _current.innermost.set(self.scope)
+
+    def leave(self) -> None:
+        """Make the scope around it the current one again."""
+        # ValueError: left in another context than entered (a fixture, a generator's exit). The
+        # variable was set in a context that nobody looks into any more.
+        with suppress(ValueError):
+            _current.innermost.reset(self._token)
+
+    async def close(
+        self, cause: Cause, *, is_failing: bool = False
+    ) -> asyncio.CancelledError | None:
+        """End it; returns a cancellation that arrived meanwhile."""
+        self.leave()
+        try:
+            ending = self.scope.decide(cause)
+        except RollbackOnlyError:
+            if not is_failing:
+                redeliver(await self.scope.close(Ending.ROLLBACK, is_failing=True))
+                raise
+            ending = Ending.ROLLBACK  # the error under way goes first
+        return await self.scope.close(ending, is_failing=is_failing)
+
+    def close_here(self, cause: Cause, *, is_failing: bool = False) -> None:
+        """End it, of a synchronous database."""
+        self.leave()
+        try:
+            ending = self.scope.decide(cause)
+        except RollbackOnlyError:
+            if not is_failing:
+                self.scope.close_here(Ending.ROLLBACK, is_failing=True)
+                raise
+            ending = Ending.ROLLBACK
+        self.scope.close_here(ending, is_failing=is_failing)
+
 
 class SessionScopeBlock(Generic[S]):
     """What ``db.session_scope()`` returns: a context manager and a decorator."""
 
-    __slots__ = ("_changes", "_database", "_scope", "_token")
+    __slots__ = ("_changes", "_database", "_own")
 
     def __init__(self, database: Database[S], changes: dict[str, Any]) -> None:
         database.options.changed(changes)  # an error now rather than at the first entry
         self._database = database
         self._changes = changes
-        self._scope: SessionScope[S] | None = None
-        self._token: Token[ScopeHolder | None] | None = None
+        self._own: OwnScope[S] | None = None
 
-    def __call__(
-        self, function: Callable[P, Coroutine[Any, Any, R]]
-    ) -> Callable[P, Coroutine[Any, Any, R]]:
-        """Decorate a coroutine function: each call runs in a scope of its own."""
-        if not inspect.iscoroutinefunction(function):
-            msg = (
-                f"session_scope() decorates coroutine functions; {function!r} is none. In other "
-                "code use `async with db.session_scope() as session:`."
-            )
-            raise ConfigurationError(msg)
+    def __call__(self, function: F) -> F:
+        """Decorate a function: each call runs in a scope of its own."""
+        return decorate(
+            function,
+            self._database,
+            "db.session_scope()",
+            lambda: SessionScopeBlock(self._database, self._changes),
+        )
 
-        @wraps(function)
-        async def in_scope(*args: P.args, **kwargs: P.kwargs) -> R:
-            async with SessionScopeBlock(self._database, self._changes):
-                return await function(*args, **kwargs)
-
-        return in_scope
-
-    async def __aenter__(self) -> S:
-        if self._scope is not None:
+    def _open(self) -> S:
+        if self._own is not None:
             msg = "This session_scope() is entered already; call db.session_scope() once per block."
             raise ConfigurationError(msg)
         options = self._database.options
         enclosing = _current.find_scope(self._database)
         if enclosing is not None and enclosing.is_websocket:
             options = enclosing.options  # the middleware's, for this connection
-        scope = SessionScope(
-            self._database, _current.innermost.get(), options.changed(self._changes)
-        )
-        session = scope.session
-        self._scope, self._token = scope, _current.innermost.set(scope)
+        own = OwnScope(self._database, options.changed(self._changes))
+        try:
+            session = own.scope.session
+        except BaseException:
+            own.leave()
+            raise
+        self._own = own
         return session
+
+    async def __aenter__(self: SessionScopeBlock[AS]) -> AS:
+        check_with(self._database, is_async=True, call="db.session_scope() as session:")
+        return self._open()
 
     async def __aexit__(
         self,
@@ -127,17 +275,27 @@ class SessionScopeBlock(Generic[S]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        scope, self._scope = self._scope, None
-        assert scope is not None
-        assert self._token is not None
-        # ValueError: left in another context than entered (a fixture, a generator's exit). The
-        # variable was set in a context that nobody looks into any more.
-        with suppress(ValueError):
-            _current.innermost.reset(self._token)
+        own, self._own = self._own, None
+        assert own is not None
         cause = Cause.COMPLETED if exc is None else Cause.RAISED
-        cancellation = await scope.close(scope.decide(cause))
+        cancellation = await own.close(cause, is_failing=exc is not None)
         if cancellation is None:
             return
         if exc is None:
             raise cancellation
         redeliver(cancellation)  # the error under way goes on; the cancellation comes after it
+
+    def __enter__(self: SessionScopeBlock[SS]) -> SS:
+        check_with(self._database, is_async=False, call="db.session_scope() as session:")
+        return self._open()
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        own, self._own = self._own, None
+        assert own is not None
+        cause = Cause.COMPLETED if exc is None else Cause.RAISED
+        own.close_here(cause, is_failing=exc is not None)

@@ -9,16 +9,19 @@ scope is the innermost one of the chain.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from contextvars import ContextVar
+from inspect import Signature
 from typing import TYPE_CHECKING
+from weakref import WeakSet
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbscope.errors import AmbiguousDatabaseError, NoSessionScopeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any, Protocol
-
-    from sqlalchemy.ext.asyncio import AsyncSession
 
     from asgi_dbscope._database import Database
     from asgi_dbscope._scope import SessionScope
@@ -34,6 +37,15 @@ if TYPE_CHECKING:
         @property
         def is_over(self) -> bool:
             """Whether it has ended."""
+            ...
+
+        @property
+        def is_request(self) -> bool:
+            """Whether it is a request."""
+            ...
+
+        def take_late_hooks(self, scope: SessionScope[Any]) -> bool:
+            """Run the hooks of *scope* that wait for the response; whether it is up to that."""
             ...
 
         @property
@@ -87,14 +99,41 @@ def current_scope(name: str | None = None) -> SessionScope[Any]:
         assert scope is not None
         return scope
     if found:
-        names = ", ".join(sorted(repr(each.name) for each in found))
-        msg = (
-            f"Several databases have a session scope here: {names}. Name one, as in "
-            "current_session('reports'), or use the Database object: db.session. A name is given "
-            "with Database(engine, name='reports')."
-        )
-        raise AmbiguousDatabaseError(msg)
+        raise AmbiguousDatabaseError(_ambiguous_message(found))
     raise NoSessionScopeError(no_scope_message(name))
+
+
+known: WeakSet[Database[Any]] = WeakSet()
+"""Every database there is."""
+
+
+def find_database(name: str | None = None) -> Database[Any]:
+    """The database that has a scope here, or outside of any scope the only one there is.
+
+    Args:
+        name: The database's name. May be left out where there is only one.
+
+    Raises:
+        NoSessionScopeError: If there is none, or none of that name.
+        AmbiguousDatabaseError: If *name* is left out and there are several.
+    """
+    with suppress(NoSessionScopeError):
+        return current_scope(name).database
+    found = [each for each in known if name is None or each.name == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AmbiguousDatabaseError(_ambiguous_message(found))
+    raise NoSessionScopeError(no_scope_message(name))
+
+
+def _ambiguous_message(found: Iterable[Database[Any]]) -> str:
+    names = ", ".join(sorted(repr(each.name) for each in found))
+    return (
+        f"Several databases could be meant here: {names}. Name one, as in "
+        "current_session('reports'), or use the Database object: db.session. A name is given "
+        "with Database(engine, name='reports')."
+    )
 
 
 def current_session(name: str | None = None) -> AsyncSession:
@@ -111,6 +150,11 @@ def current_session(name: str | None = None) -> AsyncSession:
     """
     session: AsyncSession = current_scope(name).session
     return session
+
+
+# Frameworks that are handed this function would fill in its argument: FastAPI from the query, so
+# that the client chooses the database.
+current_session.__signature__ = Signature(return_annotation=AsyncSession)  # type: ignore[attr-defined]
 
 
 def no_scope_message(name: str | None) -> str:

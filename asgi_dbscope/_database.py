@@ -2,33 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, overload
+import asyncio
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, get_args, overload
+from weakref import WeakKeyDictionary
 
-from sqlalchemy import URL
+import anyio.to_thread
+from sqlalchemy import URL, Engine
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
     async_scoped_session,
     async_sessionmaker,
 )
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.util import ScopedRegistry
 
-from asgi_dbscope import _current, _dialects
+from asgi_dbscope import _branches, _current, _dialects
+from asgi_dbscope._agenda import Occasion
 from asgi_dbscope._blocks import SessionHandle, SessionScopeBlock, looks_like_coroutine_function
-from asgi_dbscope._engine import shape_engine, watch, watch_engine
+from asgi_dbscope._engine import comment_statements, shape_engine, watch, watch_engine
 from asgi_dbscope._factory import make_engine, reporting_factory
-from asgi_dbscope._options import ScopeOptions
+from asgi_dbscope._hooks import HookRegistrar
+from asgi_dbscope._options import Concurrency, LabelTransactions, ScopeOptions, check_choice
 from asgi_dbscope._policy import Cause
+from asgi_dbscope._pool import THREADS, SecondConnections
+from asgi_dbscope._propagation import Propagation
+from asgi_dbscope._transactional import TransactionalBlock
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Dialect, Engine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable
+
+    from sqlalchemy import Connection, Dialect
 
     from asgi_dbscope._policy import Mode
     from asgi_dbscope._scope import SessionScope
-    from asgi_dbscope._use import SessionUse
 
-S = TypeVar("S", bound=AsyncSession)
+F = TypeVar("F", bound="Callable[..., Any]")
+S = TypeVar("S", bound="AsyncSession | Session")
+AS = TypeVar("AS", bound=AsyncSession)
+SS = TypeVar("SS", bound=Session)
 
 
 class Database(Generic[S]):
@@ -36,11 +49,21 @@ class Database(Generic[S]):
 
     Args:
         source: An ``AsyncEngine``; a URL, for an engine of its own, disposed of at lifespan
-            shutdown; or an ``async_sessionmaker``, whose session class is kept.
+            shutdown; or an ``async_sessionmaker``, whose session class is kept. An ``Engine``, a
+            ``sessionmaker`` or the URL of a synchronous driver gives the same for synchronous
+            sessions: ``with`` in the place of ``async with``, ``def`` of ``async def``.
 
         name: What ``current_session(name)`` calls it.
 
         mode: The mode of its scopes; see :class:`.DBSessionMiddleware`.
+
+        concurrency: What becomes of two tasks that use one session at the same time: ``"error"``
+            refuses the second, ``"serialize"`` lets it wait for its turn.
+
+        label_transactions: Where the database shows what a transaction serves (the label of its
+            block, or ``GET /orders``): ``"application_name"``, in PostgreSQL's
+            ``pg_stat_activity``, at the price of a statement; or ``"comment"``, the label of its
+            block at the end of each statement. ``None``: nowhere.
 
         cleanup_timeout: Seconds that a clean-up (a rollback, the wait for child tasks) may take
             before the connection is thrown away.
@@ -56,25 +79,55 @@ class Database(Generic[S]):
         *,
         name: str = ...,
         mode: Mode = ...,
+        concurrency: Concurrency = ...,
+        label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
     ) -> None: ...
 
     @overload
     def __init__(
-        self,
-        source: async_sessionmaker[S],
+        self: Database[Session],
+        source: Engine,
         *,
         name: str = ...,
         mode: Mode = ...,
+        concurrency: Concurrency = ...,
+        label_transactions: LabelTransactions | None = ...,
+        cleanup_timeout: float = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Database[AS],
+        source: async_sessionmaker[AS],
+        *,
+        name: str = ...,
+        mode: Mode = ...,
+        concurrency: Concurrency = ...,
+        label_transactions: LabelTransactions | None = ...,
+        cleanup_timeout: float = ...,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Database[SS],
+        source: sessionmaker[SS],
+        *,
+        name: str = ...,
+        mode: Mode = ...,
+        concurrency: Concurrency = ...,
+        label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
     ) -> None: ...
 
     def __init__(
         self,
-        source: AsyncEngine | URL | str | async_sessionmaker[Any],
+        source: AsyncEngine | Engine | URL | str | async_sessionmaker[Any] | sessionmaker[Any],
         *,
         name: str = "default",
         mode: Mode = "transaction",
+        concurrency: Concurrency = "error",
+        label_transactions: LabelTransactions | None = None,
         cleanup_timeout: float = 10.0,
     ) -> None:
         if not isinstance(name, str) or not name:
@@ -83,18 +136,47 @@ class Database(Generic[S]):
         if not isinstance(cleanup_timeout, (int, float)) or not cleanup_timeout > 0:
             msg = f"cleanup_timeout must be a number of seconds above 0; got {cleanup_timeout!r}."
             raise ConfigurationError(msg)
+        check_choice("concurrency", concurrency, get_args(Concurrency))
         self.name = name
         self.options = ScopeOptions(mode=mode)
+        self.concurrency = concurrency
+        self.label_transactions = label_transactions
         self.cleanup_timeout = float(cleanup_timeout)
-        self.owned_engine: AsyncEngine | None = None
+        self.owned_engine: AsyncEngine | Engine | None = None
         if isinstance(source, (str, URL)):
             source = self.owned_engine = make_engine(source)
-        self.session_factory: async_sessionmaker[S] = reporting_factory(source)
+        self.session_factory: Any = reporting_factory(source)
+        self.is_sync = isinstance(self.session_factory, sessionmaker)
         self._shaped_engines: dict[tuple[Engine, tuple[tuple[str, Any], ...]], Engine] = {}
-        dialect = getattr(self.session_factory.kw.get("bind"), "dialect", None)
+        bind = self.session_factory.kw.get("bind")
+        dialect = getattr(bind, "dialect", None)
         self.begins_late = getattr(dialect, "name", None) == "sqlite"
+        self.second_connections = SecondConnections(bind)
+        self.places = _branches.Places()
         self._watched_dialects: set[Dialect] = set()
-        self._session_proxy: async_scoped_session[S] | None = None
+        self._session_proxy: Any = None
+        self._limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, anyio.CapacityLimiter] = (
+            WeakKeyDictionary()
+        )
+        self._check_label_transactions(bind)
+        _current.known.add(self)
+
+    def _check_label_transactions(self, bind: object) -> None:
+        if self.label_transactions is None:
+            return
+        check_choice("label_transactions", self.label_transactions, get_args(LabelTransactions))
+        engine = getattr(bind, "sync_engine", bind)
+        if not isinstance(engine, Engine):
+            msg = "label_transactions needs a session factory that is bound to an engine."
+            raise ConfigurationError(msg)
+        if self.label_transactions == "comment":
+            comment_statements(engine)
+        elif engine.dialect.name != "postgresql":
+            msg = (
+                f"label_transactions='application_name' is PostgreSQL's; on {engine.dialect.name} "
+                "use 'comment'."
+            )
+            raise ConfigurationError(msg)
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {self.session_factory.kw.get('bind')!r}>"
@@ -142,44 +224,90 @@ class Database(Generic[S]):
         """
         return SessionHandle(self)
 
-    @property
-    def session_proxy(self) -> async_scoped_session[S]:
-        """A session that stands for the current scope's, for objects built once at import."""
+    @overload
+    def _proxy(self: Database[AS]) -> async_scoped_session[AS]: ...
+
+    @overload
+    def _proxy(self: Database[SS]) -> scoped_session[SS]: ...
+
+    def _proxy(self) -> Any:
         if self._session_proxy is None:
-            proxy = async_scoped_session(self.session_factory, scopefunc=lambda: None)
-            proxy.registry = _CurrentSession(self)
-            self._session_proxy = proxy
+            kind: Any = _SessionProxy if self.is_sync else _AsyncSessionProxy
+            self._session_proxy = kind(self.session_factory, scopefunc=lambda: None)
+            self._session_proxy.registry = _CurrentSession(self)
         return self._session_proxy
+
+    session_proxy = property(_proxy)
+    """A session that stands for the current scope's, for objects built once at import."""
 
     def set_rollback_only(self) -> None:
         """Forbid the current scope to commit; see :meth:`.SessionScope.set_rollback_only`."""
         self.scope.set_rollback_only()
 
-    async def release(self) -> None:
+    @overload
+    def release(self: Database[AS]) -> Coroutine[Any, Any, None]: ...
+
+    @overload
+    def release(self: Database[SS]) -> None: ...
+
+    def release(self) -> Any:
         """Commit what is open and give the connection back, before a slow call elsewhere.
 
         The session stays usable: its next statement begins a new transaction. A rollback-only
-        scope is rolled back instead.
+        scope is rolled back instead. To be awaited where the database is asynchronous.
 
         Raises:
             NoSessionScopeError: If no scope is open here.
+            ConfigurationError: Inside a block with a transaction or savepoint of its own, whose
+                end that isn't.
             Exception: What the database said to COMMIT; the transaction is rolled back by then.
         """
-        scope = self.scope
-        scope.check_open()
+        if self.is_sync:
+            scope = self._to_release()
+            scope.settle_here(scope.decide(Cause.RELEASED))
+            return None
+        return self._release()
+
+    async def _release(self) -> None:
+        scope = self._to_release()
         cancellation = await scope.settle(scope.decide(Cause.RELEASED))
         if cancellation is not None:
             raise cancellation
 
+    def _to_release(self) -> SessionScope[Any]:
+        scope = self.scope
+        scope.check_open()
+        if scope.boundaries:
+            msg = (
+                f"release() would commit {scope.boundaries[-1].label} before its end. Call it "
+                "outside of the transactional block, or leave the block first."
+            )
+            raise ConfigurationError(msg)
+        return scope
+
     # ---------------------------------------------------------------- scopes of their own
+
+    @overload
+    def session_scope(self, function: F, /) -> F: ...
+
+    @overload
+    def session_scope(
+        self,
+        *,
+        mode: Mode | None = ...,
+        read_only: bool = ...,
+        isolation_level: str | None = ...,
+    ) -> SessionScopeBlock[S]: ...
 
     def session_scope(
         self,
+        function: Any = None,
+        /,
         *,
         mode: Mode | None = None,
         read_only: bool = False,
         isolation_level: str | None = None,
-    ) -> SessionScopeBlock[S]:
+    ) -> Any:
         """A scope of its own: for a script, a job, a websocket's message, a test.
 
         Committed at its end, rolled back if it raises or is cancelled. A context manager, and a
@@ -192,19 +320,126 @@ class Database(Generic[S]):
             read_only: Whether the database itself refuses writes.
 
             isolation_level: As SQLAlchemy spells it.
+
+            function: For ``@db.session_scope`` without parentheses.
         """
         changes: dict[str, Any] = {"read_only": read_only, "isolation_level": isolation_level}
         if mode is not None:
             changes["mode"] = mode
-        return SessionScopeBlock(self, changes)
+        block = SessionScopeBlock(self, changes)
+        return block if function is None else block(function)
+
+    # ---------------------------------------------------------------- transactional blocks
+
+    @overload
+    def transactional(self, propagation: F, /) -> F: ...
+
+    @overload
+    def transactional(
+        self,
+        propagation: Propagation | str = ...,
+        *,
+        isolation_level: str | None = ...,
+        read_only: bool | None = ...,
+        timeout: float | None = ...,
+        rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
+        no_rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
+        label: str | None = ...,
+    ) -> TransactionalBlock[S]: ...
+
+    def transactional(self, propagation: Any = Propagation.REQUIRED, **options: Any) -> Any:
+        """A block whose work is done in one transaction, wholly or not at all.
+
+        A context manager, whose value is the session, and a decorator; re-entrant, and safe to
+        share between tasks.
+
+        Args:
+            propagation: What to do with a transaction that is there; see :class:`.Propagation`.
+
+            isolation_level: As SQLAlchemy spells it.
+
+            read_only: Whether the database itself refuses writes. ``None`` demands nothing.
+
+            timeout: Seconds that the transaction may take.
+
+            rollback_for: Exceptions that roll back although *no_rollback_for* names a class above.
+
+            no_rollback_for: Exceptions that don't roll back.
+
+            label: What logs and errors call it; the function's name, if it decorates one.
+
+            options: These.
+
+        Raises:
+            ConfigurationError: If an argument is wrong; at once, not at the first entry.
+            TransactionRequiredError: On entering, for ``"MANDATORY"`` outside of a transaction.
+            TransactionForbiddenError: On entering, for ``"NEVER"`` inside of one.
+            TransactionMismatchError: On entering, if the transaction it joins isn't what it asks.
+            RollbackOnlyError: At its end, if a block inside failed and the code went on.
+            TransactionTimeoutError: If it took longer than *timeout*.
+        """
+        if callable(propagation) and not isinstance(propagation, str):
+            return TransactionalBlock(self)(propagation)  # @db.transactional without parentheses
+        return TransactionalBlock(self, propagation=propagation, **options)
+
+    @property
+    def on_commit(self) -> HookRegistrar:
+        """Run a function after the COMMIT of the transaction that is open here.
+
+        ``db.on_commit(send, order.id)``, or as a decorator. Outside of a transaction it runs at
+        once. See :class:`.HookRegistrar` for the arguments.
+        """
+        return HookRegistrar(Occasion.COMMIT, self)
+
+    @property
+    def on_rollback(self) -> HookRegistrar:
+        """Run a function after the rollback of the transaction that is open here."""
+        return HookRegistrar(Occasion.ROLLBACK, self)
+
+    @property
+    def on_completion(self) -> HookRegistrar:
+        """Run a function with the :class:`.Outcome` of the transaction that is open here."""
+        return HookRegistrar(Occasion.COMPLETION, self)
+
+    # ---------------------------------------------------------------- at the same time
+
+    def branch(self: Database[AS]) -> _branches.Branch[AS]:
+        """A session of its own, with its own transaction, for work beside the current scope.
+
+        ``async with db.branch() as session:``. Committed at its end, rolled back if it raises.
+        """
+        return _branches.Branch(self)
+
+    async def gather(self, *awaitables: Awaitable[Any], limit: int | None = None) -> list[Any]:
+        """Run coroutines at the same time, each in a :meth:`branch` of its own.
+
+        As many at once as the pool can give connections for, *limit* at most; the same when they
+        gather themselves. If one fails the others are cancelled and rolled back, and its error is
+        raised; what has been committed by then stays.
+
+        Returns:
+            Their results, in their order.
+
+        Raises:
+            ConfigurationError: If an argument is wrong.
+            PoolTooSmallError: If the pool has no connection left at this depth.
+        """
+        return await _branches.gather(self, awaitables, limit)
 
     # ---------------------------------------------------------------- for the scope
 
-    def make_session(self, use: SessionUse) -> S:
-        """A new session that reports to *use*."""
-        session = self.session_factory()
-        session.sync_session.use = use  # type: ignore[attr-defined]
-        return session
+    def hook_scope(self) -> SessionScopeBlock[Any]:
+        """The scope that a hook runs in."""
+        return SessionScopeBlock(self, {"mode": "transaction"})
+
+    def limiter(self) -> anyio.CapacityLimiter:
+        """The worker threads that end this database's transactions, and do nothing else."""
+        loop = asyncio.get_running_loop()
+        limiter = self._limiters.get(loop)
+        if limiter is None:
+            places = min(self.second_connections.capacity, THREADS)
+            limiter = self._limiters[loop] = anyio.CapacityLimiter(places)
+        return limiter
 
     def watch(self, connection: Connection, scope: SessionScope[S]) -> None:
         """Report to *scope* what goes wrong on *connection*."""
@@ -224,27 +459,61 @@ class Database(Generic[S]):
 
     async def dispose(self) -> None:
         """Close the connections of an engine that this object made from a URL."""
-        if self.owned_engine is not None:
+        if isinstance(self.owned_engine, Engine):
+            await anyio.to_thread.run_sync(self.owned_engine.dispose)
+        elif self.owned_engine is not None:
             await self.owned_engine.dispose()
 
 
-class _CurrentSession(ScopedRegistry[S]):
+class _AsyncSessionProxy(async_scoped_session[Any]):
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself: containers copy what their providers are given."""
+        return self
+
+
+class _SessionProxy(scoped_session[Any]):
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself: containers copy what their providers are given."""
+        return self
+
+
+class _CurrentSession(ScopedRegistry[Any]):
     """The registry of a ``session_proxy``: the current scope is the only one it knows."""
 
-    def __init__(self, database: Database[S]) -> None:
+    def __init__(self, database: Database[Any]) -> None:
         super().__init__(database.session_factory, lambda: None)
         self._database = database
 
-    def __call__(self) -> S:
+    def __call__(self) -> Any:
         return self._database.session
 
     def has(self) -> bool:
         # So that session_proxy.remove() leaves the session to its scope.
         return False
 
-    def set(self, obj: S) -> None:  # noqa: ARG002 - the base class's signature
+    def set(self, obj: Any) -> None:  # noqa: ARG002 - the base class's signature
         msg = "The session of a scope can't be configured through session_proxy; use db.session."
         raise ConfigurationError(msg)
 
     def clear(self) -> None:
         """Do nothing: the scope ends its session."""
+
+
+def transactional(
+    propagation: Any = Propagation.REQUIRED, *, database: str | None = None, **options: Any
+) -> Any:
+    """:meth:`.Database.transactional` for the one-database case.
+
+    The database is found on entering: the one that has a scope there, or outside of any scope the
+    only one there is.
+
+    Args:
+        propagation: What to do with a transaction that is there; see :class:`.Propagation`.
+
+        database: The database's name, where there are several.
+
+        options: As :meth:`.Database.transactional` has them.
+    """
+    if callable(propagation) and not isinstance(propagation, str):
+        return TransactionalBlock[Any](None, name=database)(propagation)
+    return TransactionalBlock[Any](None, name=database, propagation=propagation, **options)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING, Any, cast
 
+from sqlalchemy import text
+
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ SQLITE_ROLLED_BACK = frozenset(
     }
 )
 """Errors after which SQLite may have rolled back by itself (sqlite.org/lang_transaction.html)."""
+
+
+_APPLICATION_NAME = text("SELECT set_config('application_name', :label, true)")
 
 
 def begin_options(
@@ -81,6 +86,32 @@ def enforce_read_only(connection: Connection) -> None:
         "trust. Give the engine a database user that may only read."
     )
     raise ConfigurationError(msg)
+
+
+def limit_transaction(connection: Connection, seconds: float) -> None:
+    """Let the server itself end a transaction that takes longer, where it can.
+
+    Also when this process doesn't come back to it: a transaction that idles is ended too, and its
+    locks with it. Both settings end with the transaction (postgresql.org, ``SET LOCAL``).
+    """
+    if connection.dialect.name != "postgresql":
+        return
+    milliseconds = max(1, round(seconds * 1000))
+    connection.exec_driver_sql(
+        f"SELECT set_config('statement_timeout', '{milliseconds}', true), "
+        f"set_config('idle_in_transaction_session_timeout', '{milliseconds}', true)"
+    )
+
+
+def is_statement_timeout(error: BaseException) -> bool:
+    """Whether *error* is the server's answer to :func:`limit_transaction`."""
+    original = getattr(error, "orig", None)
+    return getattr(original, "sqlstate", None) == "57014"  # query_canceled
+
+
+def label_transaction(connection: Connection, label: str) -> None:
+    """Name the open transaction in ``pg_stat_activity`` and in the server's log."""
+    connection.execute(_APPLICATION_NAME, {"label": label[:63]})  # as much as PostgreSQL keeps
 
 
 def undo_read_only(

@@ -75,6 +75,24 @@ def watch_engine(engine: Engine) -> None:
     event.listen(engine, "checkin", _on_checkin)
 
 
+def comment_statements(engine: Engine) -> None:
+    """Put the label of its transactional block behind each statement, once."""
+    if not event.contains(engine, "before_cursor_execute", _comment):
+        event.listen(engine, "before_cursor_execute", _comment, retval=True)
+
+
+def _comment(
+    connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any
+) -> tuple[str, Any]:
+    scopes = _scopes.get(connection)
+    # Not the request's path: each statement text would be another one to the driver's cache.
+    label = scopes[-1].block_label if scopes else None
+    if label is None:
+        return statement, parameters
+    text = label.replace("*/", "").replace("/*", "").replace("%", "%%")
+    return f"{statement} /* {text} */", parameters
+
+
 def shape_engine(engine: Engine, execution_options: dict[str, Any]) -> Engine:
     """A variant of *engine* over the same pool, which hears of events through *engine*."""
     watch_engine(engine)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from sqlalchemy import URL, Engine, make_url
+from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
@@ -18,7 +18,12 @@ from asgi_dbscope._session import reporting_session_class
 from asgi_dbscope.errors import ConfigurationError
 
 
-def make_engine(url: URL | str) -> AsyncEngine:
+def make_engine(url: URL | str) -> AsyncEngine | Engine:
+    """An engine for *url*: asynchronous if its driver can be.
+
+    Raises:
+        ConfigurationError: If none can be made.
+    """
     try:
         parsed = make_url(url)
     except ArgumentError as error:
@@ -28,32 +33,45 @@ def make_engine(url: URL | str) -> AsyncEngine:
         )
         raise ConfigurationError(msg) from error
     try:
-        return create_async_engine(parsed)
+        dialect = parsed.get_dialect()
+        if dialect.get_async_dialect_cls(parsed).is_async:
+            return create_async_engine(parsed)
+        return create_engine(parsed)
     except (SQLAlchemyError, ImportError) as error:
         msg = (
-            f"No asynchronous engine can be made from this URL ({parsed.drivername}): {error}. Is "
-            "the driver installed, and one for asyncio, such as asyncpg, psycopg or aiosqlite?"
+            f"No engine can be made from this URL ({parsed.drivername}): {error}. Is the driver "
+            "installed? Those for asyncio are asyncpg, psycopg or aiosqlite, for example."
         )
         raise ConfigurationError(msg) from error
 
 
-def reporting_factory(source: object) -> async_sessionmaker[Any]:
-    """An ``async_sessionmaker`` like *source*, whose sessions report to their scope."""
+def reporting_factory(source: object) -> async_sessionmaker[Any] | sessionmaker[Any]:
+    """A session factory like *source*, whose sessions report to their scope.
+
+    Raises:
+        ConfigurationError: If *source* is nothing that sessions come from.
+    """
     if isinstance(source, async_sessionmaker):
-        return _derived_factory(cast("async_sessionmaker[AsyncSession]", source))
+        return _derived_async(cast("async_sessionmaker[AsyncSession]", source))
     if isinstance(source, AsyncEngine):
-        return _derived_factory(async_sessionmaker(source, expire_on_commit=False))
-    if isinstance(source, (Engine, sessionmaker)):
-        msg = (
-            f"{source!r} is synchronous. Make the engine with "
-            "sqlalchemy.ext.asyncio.create_async_engine() and an asynchronous driver."
-        )
-        raise ConfigurationError(msg)
-    msg = f"Database() takes an AsyncEngine, a URL or an async_sessionmaker; got {source!r}."
+        return _derived_async(async_sessionmaker(source, expire_on_commit=False))
+    if isinstance(source, sessionmaker):
+        return _derived(cast("sessionmaker[Session]", source))
+    if isinstance(source, Engine):
+        return _derived(sessionmaker(source, expire_on_commit=False))
+    msg = (
+        "Database() takes an AsyncEngine or an Engine, a URL, an async_sessionmaker or a "
+        f"sessionmaker; got {source!r}."
+    )
     raise ConfigurationError(msg)
 
 
-def _derived_factory(factory: async_sessionmaker[AsyncSession]) -> async_sessionmaker[Any]:
+def _derived(factory: sessionmaker[Session]) -> sessionmaker[Any]:
+    options: dict[str, Any] = {**factory.kw, "close_resets_only": False}
+    return sessionmaker(class_=reporting_session_class(factory.class_), **options)
+
+
+def _derived_async(factory: async_sessionmaker[AsyncSession]) -> async_sessionmaker[Any]:
     options: dict[str, Any] = dict(factory.kw)
     sync_class = options.get("sync_session_class", factory.class_.sync_session_class)
     if isinstance(sync_class, sessionmaker):

@@ -91,7 +91,14 @@ class ResponseGate:
         loop: The event loop of the request; ``None`` outside of asyncio.
 
         is_over: Whether the request has ended.
+
+        has_returned: Whether its late hooks have been run, or are about to.
+
+        late_scopes: The scopes in it with hooks that wait for the end of the response.
     """
+
+    is_request = True
+    """It is no scope by itself."""
 
     __slots__ = (
         "_asgi_scope",
@@ -102,7 +109,9 @@ class ResponseGate:
         "_phase",
         "_raw_receive",
         "_raw_send",
+        "has_returned",
         "is_over",
+        "late_scopes",
         "loop",
         "outer",
         "scopes",
@@ -129,6 +138,8 @@ class ResponseGate:
         self._lock: asyncio.Lock | None = None
         self.scopes: Sequence[SessionScope[Any]] = ()
         self.is_over = False
+        self.has_returned = False
+        self.late_scopes: list[SessionScope[Any]] = []
         self.loop: asyncio.AbstractEventLoop | None = None
         try:  # noqa: SIM105 - a context manager costs as much as the rest of this
             self.loop = get_running_loop()
@@ -163,6 +174,13 @@ class ResponseGate:
                 order = list(self.served.options).index
                 self.scopes = sorted([*self.scopes, scope], key=lambda each: order(each.database))
         return scope
+
+    def take_late_hooks(self, scope: SessionScope[Any]) -> bool:
+        """Run the hooks of *scope* that wait for the response, when the app has returned."""
+        if self.has_returned:
+            return False
+        self.late_scopes.append(scope)
+        return True
 
     # ---------------------------------------------------------------- the request's way
 
@@ -302,18 +320,21 @@ class ResponseGate:
 
     async def _settle(self, scope: SessionScope[Any], cause: Cause) -> None:
         if not scope.is_settled():
-            redeliver(await scope.settle(scope.decide(cause)))
+            ending = scope.decide(cause)
+            redeliver(await scope.settle(ending, is_failing=cause is Cause.RAISED))
 
     async def _close(self, cause: Cause) -> asyncio.CancelledError | None:
         """Close every scope, and return a cancellation that arrived meanwhile."""
         self.is_over = True  # a scope that a child task asks for now would never be closed
         cancellation: asyncio.CancelledError | None = None
         for scope in self.scopes:
-            if scope.is_settled():
+            if scope.is_settled() and scope.agenda is None:
                 scope.close_settled()
                 continue
             try:
-                cancellation = await scope.close(scope.decide(cause)) or cancellation
+                ending = self._decide_last(scope, cause)
+                is_failing = cause is Cause.RAISED
+                cancellation = await scope.close(ending, is_failing=is_failing) or cancellation
             except asyncio.CancelledError as error:
                 cancellation = error
             except Exception:
@@ -321,7 +342,18 @@ class ResponseGate:
                 # which the client's next request may be under way already.
                 logger.exception("%s: work after the response was not committed", scope.label)
         self.scopes = ()  # they know the gate: no cycle is left to the garbage collector
+        self.has_returned = True
+        for scope in self.late_scopes:
+            cancellation = await scope.run_hooks(late=True, is_failing=True) or cancellation
+        self.late_scopes = []
         return cancellation
+
+    def _decide_last(self, scope: SessionScope[Any], cause: Cause) -> Ending:
+        try:
+            return scope.decide(cause)
+        except Exception:
+            logger.exception("%s: work after the response is rolled back", scope.label)
+            return Ending.ROLLBACK
 
     # ---------------------------------------------------------------- reading messages
 

@@ -20,6 +20,7 @@ from asgi_dbscope.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from asgi_dbscope._asgi import AnyASGIApp, Message, Receive, Scope, Send
@@ -70,7 +71,7 @@ class DBSessionMiddleware:
         self,
         app: AnyASGIApp,
         *,
-        engine: AsyncEngine | None = None,
+        engine: AsyncEngine | Engine | None = None,
         database: Database[Any] | None = None,
         databases: Sequence[Database[Any]] = (),
         mode: Mode | None = None,
@@ -117,9 +118,9 @@ class DBSessionMiddleware:
         token = set_innermost(gate)
         try:
             result = await self.app(scope, gate.receive, gate.send)
-            return await gate.finish(result, None) if gate.scopes else result
+            return await gate.finish(result, None) if gate.scopes or gate.late_scopes else result
         except BaseException as error:
-            if gate.scopes:
+            if gate.scopes or gate.late_scopes:
                 return await gate.finish(None, error)
             raise
         finally:
@@ -204,7 +205,9 @@ def _unserved(served: Served) -> Served:
 
 
 def _check_databases(
-    engine: AsyncEngine | None, database: Database[Any] | None, databases: Sequence[Database[Any]]
+    engine: AsyncEngine | Engine | None,
+    database: Database[Any] | None,
+    databases: Sequence[Database[Any]],
 ) -> tuple[Database[Any], ...]:
     named = [
         name
@@ -241,7 +244,7 @@ def _check_databases(
 _databases: WeakValueDictionary[int, Database[Any]] = WeakValueDictionary()
 
 
-def _database_of(engine: AsyncEngine) -> Database[Any]:
+def _database_of(engine: AsyncEngine | Engine) -> Database[Any]:
     """The database that *engine* stands for: the same one for every middleware that names it."""
     known = _databases.get(id(engine))
     if known is None:  # a database keeps its engine alive, and so the id its own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 from asgi_dbscope._current import current_scope
 from asgi_dbscope._policy import CommitPolicy, Mode, Stream, commit_unless_error
@@ -51,8 +51,8 @@ class ScopeOptions:
             self.mode != "autocommit" and self.isolation_level is None and not self.read_only
         )
         object.__setattr__(self, "shapes_nothing", shapes_nothing)  # it is frozen
-        _check_choice("mode", self.mode, get_args(Mode))
-        _check_choice("stream", self.stream, get_args(Stream))
+        check_choice("mode", self.mode, get_args(Mode))
+        check_choice("stream", self.stream, get_args(Stream))
         _check_policy(self.commit_policy)
         _check_isolation_level(self.isolation_level)
         if not isinstance(self.read_only, bool):
@@ -74,7 +74,15 @@ SHAPES_TRANSACTION = frozenset({"mode", "isolation_level", "read_only"})
 """The options that must be known when a transaction begins; the others matter at the head."""
 
 
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+Concurrency = Literal["error", "serialize"]
+"""What becomes of two tasks that use one session at the same time."""
+
+LabelTransactions = Literal["application_name", "comment"]
+"""Where the database shows what a transaction serves."""
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a *value* that is none of *choices*."""
     if value not in choices:
         known = ", ".join(repr(choice) for choice in choices)
         msg = f"{name} must be one of {known}; got {value!r}."

@@ -1,40 +1,89 @@
-"""A session scope, and the one driver: only this file ends a session's transaction."""
+"""A session scope: its session, its options, and the ends of its transactions."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
+from functools import partial
 from threading import RLock
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
+import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, SessionTransactionOrigin
 
-from asgi_dbscope._completion import run_to_completion
-from asgi_dbscope._lifecycle import OPEN, ROLLBACK_ONLY, Event, Lifecycle, Outcome, State
+from asgi_dbscope._agenda import Agenda
+from asgi_dbscope._completion import redeliver, run_to_completion
+from asgi_dbscope._driver import end_transaction, is_ended
+from asgi_dbscope._lifecycle import (
+    OPEN,
+    OUTCOMES,
+    ROLLBACK_ONLY,
+    Event,
+    Lifecycle,
+    Outcome,
+    State,
+)
 from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
 from asgi_dbscope._policy import Cause, Ending, decide_ending
-from asgi_dbscope._use import SessionUse
+from asgi_dbscope._task_use import TaskUse
+from asgi_dbscope._thread_use import ThreadUse
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     ConfigurationError,
     LateOptionsError,
     RollbackOnlyError,
     SessionScopeClosedError,
+    TransactionTimeoutError,
     WebSocketSessionError,
 )
 
 if TYPE_CHECKING:
+    from sqlalchemy.orm import SessionTransaction
+
+    from asgi_dbscope._agenda import Hook
     from asgi_dbscope._asgi import ResponseHead, Scope
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._gate import ResponseGate
+    from asgi_dbscope._use import SessionUse
 
-S = TypeVar("S", bound=AsyncSession)
+S = TypeVar("S", bound="AsyncSession | Session")
+
+_OUTCOMES = {Ending.COMMIT: Outcome.COMMITTED, Ending.ROLLBACK: Outcome.ROLLED_BACK}
+"""What an ending comes to where it met with no error."""
 
 logger = logging.getLogger("asgi_dbscope")
 
 _creation = RLock()
 """Held while a scope makes its session: two worker threads may ask for it at the same time."""
+
+
+class Boundary:
+    """A transactional block with a transaction or a savepoint of its own.
+
+    Attributes:
+        label: What messages call it.
+
+        task: Who entered it, if it was a task.
+
+        savepoint: Its savepoint; ``None`` where it has the transaction.
+
+        is_rollback_only: Whether it is to be rolled back at its end.
+
+        inner: How many blocks that joined it, or have a savepoint in it, are open.
+    """
+
+    __slots__ = ("inner", "is_rollback_only", "label", "savepoint", "task")
+
+    def __init__(self, label: str, task: asyncio.Task[Any] | None) -> None:
+        self.label = label
+        self.task = task
+        self.savepoint: SessionTransaction | None = None
+        self.is_rollback_only = False
+        self.inner = 0
 
 
 class SessionScope(Lifecycle, Generic[S]):
@@ -54,41 +103,73 @@ class SessionScope(Lifecycle, Generic[S]):
 
         options: How it treats its transactions.
 
+        shape: How its next transaction begins: its options, or those of the block it is in.
+
         loop: The event loop it was opened in; ``None`` outside of asyncio.
 
         use: Who is inside the session; ``None`` as long as there is no session.
 
+        agenda: What the end of the open transaction owes; ``None`` where nothing.
+
+        boundaries: The open blocks with a transaction or savepoint of their own, innermost last.
+
+        deadline: When its transaction has to be over, by :func:`time.monotonic`.
+
+        holder: The scope around it whose connection is held meanwhile, if there is one.
+
+        gate: The request that it serves, if it serves one.
+
+        shaped_by: The block that made it read-only, or gave it its isolation level, by joining.
     """
 
     __slots__ = (
         "__weakref__",
         "_asgi_scope",
-        "_gate",
+        "_name",
         "_session",
+        "agenda",
+        "boundaries",
         "database",
+        "deadline",
+        "gate",
+        "holder",
         "loop",
         "options",
         "outer",
+        "shape",
+        "shaped_by",
+        "sync_session",
         "use",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - by position, for speed
         self,
         database: Database[S],
         outer: ScopeHolder | None,
         options: ScopeOptions,
         asgi_scope: Scope | None = None,
         gate: ResponseGate | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
         self.database = database
         self.outer = outer
-        self.options = options
+        self.options = self.shape = options
         self._asgi_scope = asgi_scope
-        self._gate = gate
+        self.gate = gate
+        self._name = name
         self._session: S | None = None
+        self.sync_session: Session | None = None
         self.use: SessionUse | None = None
-        self.loop = asyncio.get_running_loop() if gate is None else gate.loop
+        self.agenda: Agenda | None = None
+        self.boundaries: tuple[Boundary, ...] = ()
+        self.deadline: float | None = None
+        self.holder: SessionScope[Any] | None = None
+        self.shaped_by: str | None = None
+        if gate is not None:
+            self.loop = gate.loop
+        else:
+            self.loop = None if database.is_sync else asyncio.get_running_loop()
 
     # ---------------------------------------------------------------- what users see
 
@@ -102,6 +183,9 @@ class SessionScope(Lifecycle, Generic[S]):
         """Its one database."""
         return (self.database,)
 
+    is_request = False
+    """It is a scope by itself, not a request."""
+
     def find(self, database: Database[Any]) -> SessionScope[S] | None:
         """Itself, if it is a scope of *database*."""
         return self if database is self.database else None
@@ -109,7 +193,7 @@ class SessionScope(Lifecycle, Generic[S]):
     @property
     def is_in_body(self) -> bool:
         """Whether the response's head has been sent, and its last body message not."""
-        return self._gate is not None and self._gate.is_in_body
+        return self.gate is not None and self.gate.is_in_body
 
     @property
     def has_session(self) -> bool:
@@ -117,18 +201,36 @@ class SessionScope(Lifecycle, Generic[S]):
         return not self.is_over and not self.is_websocket
 
     @property
+    def is_in_transaction(self) -> bool:
+        """Whether what is done now belongs to a transaction, begun in the database or not yet.
+
+        Always in mode ``"transaction"``; else inside a transactional block, or a ``begin()`` of
+        the user's own. What a statement began by itself is nobody's transaction.
+        """
+        if self.shape.mode == "transaction":
+            return True
+        session = self.sync_session
+        transaction = None if session is None else session.get_transaction()
+        return transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN
+
+    @property
     def is_rollback_only(self) -> bool:
-        """Whether :meth:`set_rollback_only` was called."""
-        return self.state in ROLLBACK_ONLY
+        """Whether :meth:`set_rollback_only` was called, here or in a block that is open."""
+        return self.state in ROLLBACK_ONLY or any(b.is_rollback_only for b in self.boundaries)
 
     @property
     def label(self) -> str:
         """What the scope serves, for logs and errors: ``GET /orders``."""
         asgi_scope = self._asgi_scope
         if asgi_scope is None:
-            return "session_scope()"
+            return self._name or "session_scope()"
         method = asgi_scope.get("method", "WEBSOCKET")
         return f"{method} {asgi_scope.get('path', '?')}"
+
+    @property
+    def block_label(self) -> str | None:
+        """What the innermost block with a transaction or savepoint of its own is called."""
+        return self.boundaries[-1].label if self.boundaries else self._name
 
     def __repr__(self) -> str:
         return f"<SessionScope {self.state.name} {self.label}>"
@@ -147,17 +249,22 @@ class SessionScope(Lifecycle, Generic[S]):
         """Forbid this scope to commit anything from now on; the response goes out as it is.
 
         For a dry run or a preview. It holds to the end of the scope, streams and background work
-        included. What was committed before stays.
+        included; inside a transactional block with a transaction or a savepoint of its own, to the
+        end of that. What was committed before stays.
 
         Raises:
             SessionScopeClosedError: If the scope has ended.
             ConfigurationError: If the mode is ``"autocommit"``: nothing could be rolled back.
         """
-        self._check_has_session()
+        self.check_has_session()
+        if self.boundaries:
+            self.boundaries[-1].is_rollback_only = True
+            return
         if self.options.mode == "autocommit":
             msg = (
                 f"{self!r} is in mode 'autocommit': its statements are durable one by one, and "
-                "nothing could be rolled back. Use session_options(mode='transaction') here."
+                "nothing could be rolled back. Use session_options(mode='transaction') here, or a "
+                "transactional block."
             )
             raise ConfigurationError(msg)
         self.advance(Event.SET_ROLLBACK_ONLY)
@@ -170,7 +277,7 @@ class SessionScope(Lifecycle, Generic[S]):
             LateOptionsError: If it shapes transactions and one has begun already.
             SessionScopeClosedError: If the scope has ended.
         """
-        self._check_has_session()
+        self.check_has_session()
         options = self.options.changed(changes)
         if options == self.options:
             return
@@ -181,7 +288,7 @@ class SessionScope(Lifecycle, Generic[S]):
             )
             raise ConfigurationError(msg)
         late = SHAPES_TRANSACTION & changes.keys()
-        if late and (self.outcome is not Outcome.NOT_BEGUN or self.state in OPEN):
+        if late and self.has_begun:
             msg = (
                 f"{self!r} has used the database already, so {', '.join(sorted(late))} can't be "
                 "changed. Something before this point (a dependency, a middleware) ran a "
@@ -190,6 +297,13 @@ class SessionScope(Lifecycle, Generic[S]):
             )
             raise LateOptionsError(msg)
         self.options = options
+        if not self.boundaries:
+            self.shape = options
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a transaction of it has begun already, or a block of it is open."""
+        return self.outcome is not Outcome.NOT_BEGUN or self.state in OPEN or bool(self.boundaries)
 
     def check_open(self) -> None:
         """Refuse use after the end."""
@@ -200,7 +314,8 @@ class SessionScope(Lifecycle, Generic[S]):
         """Say what a task that outlives its request has to do."""
         msg = (
             f"{self!r} has ended, and its session with it. A task that outlives its request needs "
-            "a scope of its own: `async with db.session_scope() as session:`."
+            "a scope of its own: `async with db.session_scope() as session:`. An object that is "
+            "built once (a container's Singleton) needs `db.session_proxy`."
         )
         raise SessionScopeClosedError(msg)
 
@@ -210,74 +325,225 @@ class SessionScope(Lifecycle, Generic[S]):
         """COMMIT is about to be sent.
 
         Raises:
-            RollbackOnlyError: If the scope never commits.
+            RollbackOnlyError: If the scope must not commit.
         """
-        if self.state in ROLLBACK_ONLY:
-            msg = (
-                f"{self!r} was set rollback-only, and COMMIT was asked for. Nothing was committed; "
-                "leave the ending to the scope, or don't call set_rollback_only()."
-            )
-            raise RollbackOnlyError(msg)
+        failure = None if self.agenda is None else self.agenda.failure
+        if failure is not None:
+            self._refuse_after(failure)
+        if self.is_rollback_only:
+            self._refuse_rollback_only()
         self.advance(Event.COMMIT_SENT)
 
     def advance(self, event: Event) -> State:
         """Take note of *event*, with a line in the debug log."""
         before = super().advance(event)
+        if self.agenda is not None and event in OUTCOMES:
+            self.agenda.end(OUTCOMES[event])
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before
 
-    # ---------------------------------------------------------------- the driver
+    def expect_connection(self) -> None:
+        """An operation begins that may need a connection.
+
+        Raises:
+            PoolTooSmallError: If it could never get one beside the one held around it.
+        """
+        if self.holder is not None and self.state not in OPEN:
+            self.database.second_connections.expect(self)
+
+    def got_connection(self) -> None:
+        """The operation has its connection, or has done without."""
+        if self.holder is not None:
+            self.database.second_connections.forget(self)
+
+    def check_deadline(self) -> None:
+        """Refuse to go on after the deadline.
+
+        Raises:
+            TransactionTimeoutError: If it has passed.
+        """
+        if self.deadline is not None and monotonic() >= self.deadline:
+            msg = f"{self!r}: the transaction's timeout has passed; it is rolled back."
+            raise TransactionTimeoutError(msg)
+
+    # ---------------------------------------------------------------- hooks and failures
+
+    def add_hook(self, hook: Hook) -> None:
+        """Let *hook* wait for the end of the transaction."""
+        self.check_open()
+        self._agenda().add_hook(hook, self._savepoint())
+
+    def add_late_hook(self, hook: Hook) -> None:
+        """Let *hook*, which waits for no transaction, run after the response."""
+        self.check_open()
+        self._agenda().late.append((hook, Outcome.NOT_BEGUN))
+
+    def started_hooks(self) -> set[asyncio.Task[None]]:
+        """The hooks that run at once; the next end waits for them."""
+        self.check_open()
+        return self._agenda().started
+
+    def note_end(self, outcome: Outcome) -> None:
+        """The transaction is over, also where nothing of it was begun in the database."""
+        if self.agenda is not None and self.state not in OPEN:
+            self.agenda.end(outcome)
+
+    def check_can_commit(self) -> None:
+        """Refuse a ``commit()`` of the user's, before SQLAlchemy releases the savepoints.
+
+        Raises:
+            RollbackOnlyError: If nothing may be committed.
+        """
+        failure = None if self.agenda is None else self.agenda.failure
+        if failure is not None:
+            self._refuse_after(failure)
+        if self.is_rollback_only and self._savepoint() is not None:
+            self._refuse_rollback_only()
+
+    def _refuse_rollback_only(self) -> NoReturn:
+        msg = (
+            f"{self!r} was set rollback-only, and COMMIT was asked for. Nothing was committed; "
+            "leave the ending to the scope, or don't call set_rollback_only()."
+        )
+        raise RollbackOnlyError(msg)
+
+    def note_failure(self, error: BaseException) -> None:
+        """A block that has no transaction of its own failed: what it joined can't be committed."""
+        if not self.is_over:
+            self._agenda().add_failure(error, self._savepoint())
+
+    def _agenda(self) -> Agenda:
+        if self.agenda is None:
+            self.agenda = Agenda()
+        return self.agenda
+
+    def _savepoint(self) -> SessionTransaction | None:
+        session = self.sync_session
+        return None if session is None else session.get_nested_transaction()
+
+    def _refuse_after(self, failure: BaseException) -> NoReturn:
+        msg = (
+            f"{self!r} can't commit: a transactional block inside it failed "
+            f"({type(failure).__name__}: {failure}), and the code caught the error and went on. "
+            "Nothing is kept. Let the error propagate; or, where it is expected, give that block a "
+            "savepoint with propagation='NESTED', or name the error in its no_rollback_for."
+        )
+        raise RollbackOnlyError(msg) from failure
+
+    # ---------------------------------------------------------------- the ends
 
     def is_settled(self) -> bool:
-        """Whether there is no open transaction to end."""
-        session, use = self._session, self.use
+        """Whether there is no open transaction to end, and nothing to do at its end."""
+        agenda = self.agenda
+        if agenda is not None and not agenda.is_empty:
+            return False
+        session, use = self.sync_session, self.use
         if session is None or use is None:
             return True
-        return not (session.sync_session.in_transaction() or use.has_lost)
+        return not (session.in_transaction() or use.has_lost)
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
-        """How the open transaction would end for *cause*."""
-        options = self.options
-        return decide_ending(
-            cause, self.state, mode=options.mode, policy=options.commit_policy, head=head
-        )
+        """How the open transaction would end for *cause*.
 
-    async def settle(self, ending: Ending) -> asyncio.CancelledError | None:
+        Raises:
+            RollbackOnlyError: If a success would be claimed of what can't be committed.
+        """
+        if self.is_rollback_only:
+            return Ending.ROLLBACK
+        ending = decide_ending(
+            cause, self.state, mode=self.shape.mode, policy=self.options.commit_policy, head=head
+        )
+        failure = None if self.agenda is None else self.agenda.failure
+        if failure is None or ending is Ending.ROLLBACK:
+            return ending
+        if head is None or head.status < 400:  # noqa: PLR2004 - what is above tells of it itself
+            self._refuse_after(failure)
+        return Ending.ROLLBACK
+
+    async def settle(
+        self, ending: Ending, *, is_failing: bool = False
+    ) -> asyncio.CancelledError | None:
         """End the open transaction, if there is one; the connection goes back to the pool.
+
+        Args:
+            ending: How.
+
+            is_failing: Whether an error is under way, which a hook's must not replace.
 
         Returns:
             A cancellation that arrived meanwhile, which the caller has to pass on.
 
         Raises:
             Exception: What the database said to COMMIT. The transaction is rolled back by then.
-            ConcurrentSessionUseError: If another task went on using the session, so that COMMIT
+            ConcurrentSessionUseError: If somebody else went on using the session, so that COMMIT
                 could not be sent.
         """
-        session, use = self._session, self.use
-        if session is None or use is None:
-            return None
-        if use.has_lost:
+        cancellation = None
+        try:
+            if self._is_open(ending):
+                cancellation = await self._run(end_transaction, ending)
+        except BaseException:
+            if self.agenda is not None:
+                self.note_end(Outcome.ROLLED_BACK)
+                redeliver(await self.run_hooks(is_failing=True))
+            raise
+        if self.agenda is not None:
+            self.note_end(_OUTCOMES[ending])
+            cancellation = await self.run_hooks(is_failing=is_failing) or cancellation
+        return cancellation
+
+    def settle_here(self, ending: Ending, *, is_failing: bool = False) -> None:
+        """:meth:`settle` of a synchronous session, in this thread."""
+        try:
+            if self._is_open(ending):
+                end_transaction(self, *self._in_use(), ending)
+        except BaseException:
+            self.note_end(Outcome.ROLLED_BACK)
+            self.run_hooks_here(is_failing=True)
+            raise
+        self.note_end(_OUTCOMES[ending])
+        self.run_hooks_here(is_failing=is_failing)
+
+    def _is_open(self, ending: Ending) -> bool:
+        """Whether there is a transaction to end; settles what needs no I/O."""
+        session, use = self.sync_session, self.use
+        if use is not None and use.has_lost:
             self._tell_of_loss(use, ending)
-        if not session.sync_session.in_transaction():
-            return None
-        return await run_to_completion(
-            self._end(session, use, ending), grace=self.database.cleanup_timeout
-        )
+        return session is not None and session.in_transaction()
+
+    def _in_use(self) -> tuple[Session, SessionUse]:
+        assert self.sync_session is not None
+        assert self.use is not None
+        return self.sync_session, self.use
+
+    async def _run(self, function: Any, *arguments: Any) -> asyncio.CancelledError | None:
+        session, use = self._in_use()
+        operation = use.run(function, self, session, use, *arguments)
+        return await run_to_completion(operation, grace=self.database.cleanup_timeout)
 
     async def abandon_body(self) -> None:
         """Roll back what a body began that nobody reads any more.
 
         A statement that is under way is about to be cancelled by the framework, and isn't waited
-        for: the rollback follows it.
+        for: the rollback follows it. What another task of the body does while this rolls back is
+        the body's, too: nobody has heard of the client's leaving yet.
         """
-        if self.use is not None and self.use.is_busy:
-            self.use.is_torn = True
-        elif not self.is_settled():
-            await self.settle(Ending.ROLLBACK)
+        while not self.is_settled():
+            if self.use is not None and self.use.is_busy:
+                self.use.is_torn = True
+                return
+            redeliver(await self.settle(Ending.ROLLBACK))
 
-    async def close(self, ending: Ending) -> asyncio.CancelledError | None:
+    async def close(
+        self, ending: Ending, *, is_failing: bool = False
+    ) -> asyncio.CancelledError | None:
         """End what is open and the session with it. Nothing can be done with the scope after.
+
+        Args:
+            ending: How.
+
+            is_failing: Whether an error is under way, which a hook's must not replace.
 
         Returns:
             A cancellation that arrived meanwhile, which the caller has to pass on.
@@ -285,14 +551,44 @@ class SessionScope(Lifecycle, Generic[S]):
         if self.use is not None:
             self.use.is_closing = True
         try:
-            return await self.settle(ending)
+            cancellation = await self.settle(ending, is_failing=is_failing)
         finally:
             self.close_settled()
+            if self._keeps_late_hooks():
+                redeliver(await self.run_hooks(late=True, is_failing=True))
+        return cancellation
+
+    def close_here(self, ending: Ending, *, is_failing: bool = False) -> None:
+        """:meth:`close` of a synchronous session, in this thread."""
+        if self.use is not None:
+            self.use.is_closing = True
+        try:
+            self.settle_here(ending, is_failing=is_failing)
+        finally:
+            self.close_settled()
+            if self._keeps_late_hooks():
+                self.run_hooks_here(late=True, is_failing=True)
+
+    def _keeps_late_hooks(self) -> bool:
+        """Whether there are late hooks to run now; those inside a request go to its end."""
+        if self.agenda is None or not self.agenda.late:
+            return False
+        holder: ScopeHolder | None = self.gate or self.outer
+        while holder is not None:
+            if holder.take_late_hooks(self):
+                return False
+            holder = holder.outer
+        return True
+
+    def take_late_hooks(self, scope: SessionScope[Any]) -> bool:  # noqa: ARG002 - as a request
+        """Only a request has a response that they could wait for."""
+        return False
 
     def close_settled(self) -> None:
         """Close a scope whose transaction is over: no I/O, so nothing to wait for."""
-        session, self._session = self._session, None
+        session, self.sync_session = self.sync_session, None
         use, self.use = self.use, None
+        self._session = None
         if self.state in OPEN:
             # Abandoned: whoever still has the connection throws it away; the server rolls back,
             # unless it has had the COMMIT already.
@@ -300,62 +596,7 @@ class SessionScope(Lifecycle, Generic[S]):
             self.advance(Event.ANSWER_LOST if is_sent else Event.ROLLED_BACK)
         self.advance(Event.CLOSED)
         if session is not None and use is not None and not use.is_abandoned:
-            session.sync_session.close()
-
-    async def _end(self, session: AsyncSession, use: SessionUse, ending: Ending) -> None:
-        timeout = self.database.cleanup_timeout
-        await use.begin_ending()
-        try:
-            if use.is_busy and not await use.wait_until_free(timeout):
-                await self._invalidate(session, use)
-                if ending is Ending.COMMIT and not use.is_torn:
-                    raise ConcurrentSessionUseError(use.busy_message(timeout))
-            elif ending is Ending.COMMIT and not use.is_torn:
-                await self._commit(session, use)
-            else:
-                self._warn_of_loss(session, use)
-                await self._roll_back(session, use)
-        except asyncio.CancelledError:  # out of grace
-            await self._invalidate(session, use)
-            if ending is Ending.COMMIT:
-                raise
-        finally:
-            use.is_torn = False
-            use.ender = None
-
-    async def _commit(self, session: AsyncSession, use: SessionUse) -> None:
-        try:
-            await session.commit()
-        except BaseException as error:
-            if self.state is State.COMMITTING and not isinstance(error, Exception):
-                self.advance(Event.ANSWER_LOST)  # cancelled, and the driver said nothing of it
-            await self._roll_back(session, use)
-            became = (
-                "may or may not have been committed: the connection was lost during COMMIT"
-                if self.outcome is Outcome.IN_DOUBT
-                else "was rolled back"
-            )
-            error.add_note(f"asgi_dbscope: the transaction of {self.label} {became}.")
-            raise
-
-    async def _roll_back(self, session: AsyncSession, use: SessionUse) -> None:
-        """Roll back quietly: whatever goes wrong here must not hide why we roll back."""
-        try:
-            async with asyncio.timeout(self.database.cleanup_timeout):
-                await session.rollback()
-        except Exception:
-            logger.warning(
-                "%s: ROLLBACK failed; the connection is thrown away", self.label, exc_info=True
-            )
-            await self._invalidate(session, use)
-
-    async def _invalidate(self, session: AsyncSession, use: SessionUse) -> None:
-        use.is_closed = True
-        try:
-            await session.invalidate()
-        except Exception:  # noqa: BLE001 - SQLAlchemy refuses while another task is connecting
-            use.is_abandoned = True
-            logger.warning("%s: the connection will be thrown away when it is free", self.label)
+            session.close()
 
     def _tell_of_loss(self, use: SessionUse, ending: Ending) -> None:
         """A session that was closed by hand rolled back: a success must not be claimed."""
@@ -368,21 +609,236 @@ class SessionScope(Lifecycle, Generic[S]):
             )
             raise SessionScopeClosedError(msg)
 
-    def _warn_of_loss(self, session: AsyncSession, use: SessionUse) -> None:
-        if self.options.mode == "manual" and use.has_changes(session.sync_session):
+    def warn_of_loss(self, session: Session, use: SessionUse) -> None:
+        """Tell the log of changes that nobody committed in mode ``"manual"``."""
+        if self.shape.mode == "manual" and use.has_changes(session):
             logger.warning(
                 "%s: mode is 'manual' and nobody committed: open changes are rolled back",
                 self.label,
             )
+
+    # ---------------------------------------------------------------- hooks that are due
+
+    async def run_hooks(
+        self, *, late: bool = False, is_failing: bool = False
+    ) -> asyncio.CancelledError | None:
+        """Run the hooks whose transaction is over, each in a scope of its own.
+
+        Args:
+            late: Those that waited for the response too.
+
+            is_failing: Whether an error is under way already: then a hook's is only logged.
+
+        Returns:
+            A cancellation that arrived meanwhile, which the caller has to pass on.
+
+        Raises:
+            Exception: The first error of a hook with ``on_error="raise"``.
+        """
+        due = self._take_due(late=late)
+        started = () if self.agenda is None else tuple(self.agenda.started)
+        if not (due or started):
+            return None
+        if self.database.is_sync:
+            operation = anyio.to_thread.run_sync(partial(self._call_hooks_here, due))
+        else:
+            operation = self._call_hooks(due, started)
+        try:
+            return await run_to_completion(operation, grace=self.database.cleanup_timeout)
+        except Exception:
+            if not is_failing:
+                raise
+            logger.exception("%s: a hook failed", self.label)
+            return None
+
+    def run_hooks_here(self, *, late: bool = False, is_failing: bool = False) -> None:
+        """:meth:`run_hooks` of a synchronous session, in this thread."""
+        due = self._take_due(late=late)
+        try:
+            if due:
+                self._call_hooks_here(due)
+        except Exception:
+            if not is_failing:
+                raise
+            logger.exception("%s: a hook failed", self.label)
+
+    def _take_due(self, *, late: bool) -> list[tuple[Hook, Outcome]]:
+        agenda = self.agenda
+        if agenda is None:
+            return []
+        if late:
+            due, agenda.late = agenda.late, []
+        else:
+            due, agenda.due = agenda.due, []
+        return due
+
+    async def _call_hooks(
+        self, due: list[tuple[Hook, Outcome]], started: tuple[asyncio.Task[None], ...]
+    ) -> None:
+        if started:
+            await asyncio.wait(started)
+        failure: Exception | None = None
+        for hook, outcome in due:
+            try:
+                async with self.database.hook_scope():
+                    answer = hook.call(outcome)
+                    if inspect.isawaitable(answer):
+                        await answer
+            except Exception as error:  # noqa: BLE001 - logged or raised, as its hook says
+                failure = self._judge(hook, error, failure)
+        if failure is not None:
+            raise failure
+
+    def _call_hooks_here(self, due: list[tuple[Hook, Outcome]]) -> None:
+        failure: Exception | None = None
+        for hook, outcome in due:
+            try:
+                with self.database.hook_scope():
+                    hook.call(outcome)
+            except Exception as error:  # noqa: BLE001 - logged or raised, as its hook says
+                failure = self._judge(hook, error, failure)
+        if failure is not None:
+            raise failure
+
+    def _judge(self, hook: Hook, error: Exception, failure: Exception | None) -> Exception | None:
+        """Log *error*, or make it the one that is raised once all hooks have run."""
+        if hook.on_error == "raise" and failure is None:
+            error.add_note(
+                f"asgi_dbscope: raised by a hook of {self.label}, whose transaction was over by "
+                f"then: {self.outcome.name}."
+            )
+            return error
+        logger.error(
+            "%s: the hook %r failed; the others run", self.label, hook.function, exc_info=error
+        )
+        return failure
+
+    # ---------------------------------------------------------------- transactional blocks
+
+    def check_can_begin(self) -> None:
+        """Refuse to begin a block's transaction over changes that nobody has decided about."""
+        session, use = self.sync_session, self.use
+        if self.options.mode != "manual" or session is None or use is None:
+            return
+        if use.has_changes(session):
+            msg = (
+                f"{self!r} has mode='manual' and open changes that nobody committed: a "
+                "transactional block would commit them with its own. Commit or roll back first."
+            )
+            raise ConfigurationError(msg)
+
+    def begin_block(self, boundary: Boundary, options: ScopeOptions) -> None:
+        """What is done from now on belongs to the transaction of a block."""
+        self.shape = options
+        self.boundaries = (*self.boundaries, boundary)
+
+    async def begin_savepoint(self, boundary: Boundary) -> asyncio.CancelledError | None:
+        """Set the savepoint of a block.
+
+        Returns:
+            A cancellation that arrived meanwhile; the savepoint is set all the same.
+        """
+        self.session  # noqa: B018 - makes it
+        return await self._run(self._begin_savepoint, boundary)
+
+    def begin_savepoint_here(self, boundary: Boundary) -> None:
+        """:meth:`begin_savepoint` of a synchronous session, in this thread."""
+        self.session  # noqa: B018 - makes it
+        session, use = self._in_use()
+        self._begin_savepoint(self, session, use, boundary)
+
+    @staticmethod
+    def _begin_savepoint(
+        scope: SessionScope[Any],
+        session: Session,
+        use: SessionUse,  # noqa: ARG004 - as the driver's functions
+        boundary: Boundary,
+    ) -> None:
+        boundary.savepoint = session.begin_nested()
+        scope.boundaries = (*scope.boundaries, boundary)
+
+    def conclude(self, boundary: Boundary, ending: Ending) -> tuple[Ending, Exception | None]:
+        """How a block ends that asks for *ending*, and what it has to raise after that."""
+        if ending is Ending.ROLLBACK or self.is_over:
+            return ending, None
+        if boundary.is_rollback_only:
+            return Ending.ROLLBACK, None
+        if boundary.inner:
+            msg = (
+                f"{boundary.label} ends while a block that joined it is open in another task. It "
+                "was rolled back. Await child tasks inside the block, or give them a session of "
+                "their own: `async with db.branch():`."
+            )
+            return Ending.ROLLBACK, ConcurrentSessionUseError(msg)
+        savepoint, agenda = boundary.savepoint, self.agenda
+        if agenda is None:
+            return ending, None
+        failure = agenda.failure if savepoint is None else agenda.failure_under(savepoint)
+        if failure is not None:
+            try:
+                self._refuse_after(failure)
+            except RollbackOnlyError as error:
+                return Ending.ROLLBACK, error
+        return ending, None
+
+    async def end_savepoint(
+        self, boundary: Boundary, ending: Ending, error: BaseException | None = None
+    ) -> asyncio.CancelledError | None:
+        """Release the savepoint of a block that ended with *error*, or roll back to it."""
+        if self._has_lost(boundary, ending, error):
+            return None
+        return await self._run(end_transaction, ending, boundary.savepoint)
+
+    def end_savepoint_here(
+        self, boundary: Boundary, ending: Ending, error: BaseException | None
+    ) -> None:
+        """:meth:`end_savepoint` of a synchronous session, in this thread."""
+        if not self._has_lost(boundary, ending, error):
+            end_transaction(self, *self._in_use(), ending, boundary.savepoint)
+
+    def _has_lost(self, boundary: Boundary, ending: Ending, error: BaseException | None) -> bool:
+        """Whether the savepoint is gone, with a transaction that the user's own code ended.
+
+        What a failed block did after that can't be undone by itself any more.
+        """
+        savepoint = boundary.savepoint
+        if savepoint is not None and not is_ended(savepoint):
+            return False
+        if ending is Ending.ROLLBACK and self.state in OPEN:
+            if error is not None:
+                self.note_failure(error)
+            else:
+                self._forbid_around(boundary)
+        return True
+
+    def _forbid_around(self, boundary: Boundary) -> None:
+        """What a block asked to be rolled back is part of the transaction around it by now."""
+        outer = [each for each in self.boundaries if each is not boundary]
+        if outer:
+            outer[-1].is_rollback_only = True
+        else:
+            self.advance(Event.SET_ROLLBACK_ONLY)
+
+    def leave_block(self, boundary: Boundary) -> None:
+        """A block has ended; what is done from now on belongs to what is around it."""
+        self.boundaries = tuple(each for each in self.boundaries if each is not boundary)
+        if boundary.savepoint is None:
+            self.shape = self.options
 
     # ---------------------------------------------------------------- the session
 
     @property
     def is_websocket(self) -> bool:
         """Whether it is a websocket's, which has sessions only by blocks of their own."""
-        return self._asgi_scope is not None and self._gate is None
+        return self._asgi_scope is not None and self.gate is None
 
-    def _check_has_session(self) -> None:
+    @property
+    def request_loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop of the request that it serves, if it serves one."""
+        return None if self.gate is None else self.gate.loop
+
+    def check_has_session(self) -> None:
+        """Refuse where there is no session to be had."""
         self.check_open()
         if self.is_websocket:
             msg = (
@@ -393,9 +849,19 @@ class SessionScope(Lifecycle, Generic[S]):
             raise WebSocketSessionError(msg)
 
     def _make_session(self) -> S:
-        self._check_has_session()
+        self.check_has_session()
         with _creation:
             if self._session is None:
-                self.use = SessionUse(self)
-                self._session = self.database.make_session(self.use)
+                session = self.database.session_factory()
+                use: SessionUse
+                if isinstance(session, AsyncSession):
+                    use = TaskUse(self, session)
+                    sync_session: Any = session.sync_session
+                else:
+                    use = ThreadUse(self)
+                    sync_session = session
+                sync_session.use = use
+                self.use = use
+                self.sync_session = sync_session
+                self._session = session
             return self._session

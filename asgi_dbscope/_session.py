@@ -7,6 +7,7 @@ registered once per session class, not per request.
 from __future__ import annotations
 
 from functools import wraps
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, TextClause, event
@@ -16,7 +17,7 @@ from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch
-from asgi_dbscope._lifecycle import OPEN, Event
+from asgi_dbscope._lifecycle import OPEN, Event, Outcome
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ OPERATIONS = (
     *("get", "get_one", "merge", "refresh", "flush"),
     *("begin_nested", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
 )
-ENDINGS = ("commit", "rollback")
 REGISTRATIONS = ("add", "delete")
 
 
@@ -51,13 +51,13 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "begin_on_database": _beginning_on_database(base.connection),
         "reset": _reporting(base.reset, explains=False),
         "close": _closing(base.close),
+        "commit": _committing(base.commit),
+        "rollback": _rolling_back(base.rollback),
     }
     for name in STATEMENTS:
         namespace[name] = _reporting_statement(getattr(base, name))
     for name in OPERATIONS:
         namespace[name] = _reporting(getattr(base, name))
-    for name in ENDINGS:
-        namespace[name] = _reporting(getattr(base, name), explains=False)
     for name in REGISTRATIONS:
         namespace[name] = _checked(getattr(base, name))
     cls = type(base.__name__, (base,), namespace)
@@ -65,6 +65,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
     event.listen(cls, "after_flush", _after_flush)
     event.listen(cls, "before_commit", _before_commit)
     event.listen(cls, "after_commit", _after_commit)
+    event.listen(cls, "after_soft_rollback", _after_soft_rollback)
     event.listen(cls, "after_transaction_end", _after_transaction_end)
     _reporting_classes[base] = cls
     return cls
@@ -78,7 +79,7 @@ def _shaping(get_bind: Callable[..., Any]) -> Callable[..., Any]:
     def shaping(self: Any, *args: Any, **kwargs: Any) -> Engine | Connection:
         bind: Engine | Connection = get_bind(self, *args, **kwargs)
         use = self.use
-        if use is None or use.scope.options.shapes_nothing:
+        if use is None or use.scope.shape.shapes_nothing:
             return bind
         return _shaped_bind(use.scope, self, bind)
 
@@ -90,7 +91,7 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
     def beginning(self: Any, nested: bool = False) -> Any:
         use = self.use
         if use is not None:
-            if use.scope.options.mode == "autocommit":
+            if use.scope.shape.mode == "autocommit":
                 _leave_autocommit(self, nested=nested)
             if nested:
                 for connection in use.connections:
@@ -128,7 +129,7 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     def closing(self: Any) -> None:
         use = self.use
         if use is not None and self.in_transaction() and not use.scope.is_over:
-            use.current_task()  # the scope's loop, or an error
+            use.check_place()
             use.note_loss(self)
             reporting(self)
         else:  # nothing to roll back, so no I/O: it may be closed from anywhere
@@ -139,13 +140,43 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     return closing
 
 
+def _committing(commit: Callable[..., Any]) -> Callable[..., Any]:
+    reporting = _reporting(commit, explains=False)
+
+    @wraps(commit)
+    def committing(self: Any) -> None:
+        use: SessionUse | None = self.use
+        if use is not None:
+            use.scope.check_can_commit()
+        reporting(self)
+        if use is not None and use.ender is None and use.scope.agenda is not None:
+            use.scope.note_end(Outcome.COMMITTED)
+            use.run_hooks()
+
+    return committing
+
+
+def _rolling_back(rollback: Callable[..., Any]) -> Callable[..., Any]:
+    reporting = _reporting(rollback, explains=False)
+
+    @wraps(rollback)
+    def rolling_back(self: Any) -> None:
+        reporting(self)
+        use: SessionUse | None = self.use
+        if use is not None and use.ender is None and use.scope.agenda is not None:
+            use.scope.note_end(Outcome.ROLLED_BACK)
+            use.run_hooks()
+
+    return rolling_back
+
+
 def _reporting(method: Callable[..., Any], *, explains: bool = True) -> Callable[..., Any]:
     @wraps(method)
     def reporting(self: Any, *args: Any, **kwargs: Any) -> Any:
         use: SessionUse | None = self.use
         if use is None:
             return method(self, *args, **kwargs)
-        task = use.enter()
+        user = use.enter()
         try:
             return method(self, *args, **kwargs)
         except _NO_CONNECTION as error:
@@ -153,7 +184,7 @@ def _reporting(method: Callable[..., Any], *, explains: bool = True) -> Callable
                 _explain(use, error)
             raise
         finally:
-            use.leave(task, self)
+            use.leave(user, self)
 
     return reporting
 
@@ -164,7 +195,7 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
         use: SessionUse | None = self.use
         if use is None:
             return method(self, statement, *args, **kwargs)
-        task = use.enter()
+        user = use.enter()
         try:
             if not _is_read(statement):
                 use.has_written = True
@@ -175,7 +206,7 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
             _explain(use, error)
             raise
         finally:
-            use.leave(task, self)
+            use.leave(user, self)
 
     return reporting_statement
 
@@ -214,26 +245,34 @@ _NO_CONNECTION = (OSError, DBAPIError, PoolTimeoutError)
 def _explain(use: SessionUse, error: BaseException) -> None:
     """Tell whoever reads *error* that it is the connection that failed, where it is."""
     scope = use.scope
+    if scope.shaped_by is not None and scope.shape.read_only:
+        error.add_note(
+            f"asgi_dbscope: the transaction of {scope.label} was begun read-only by "
+            f"{scope.shaped_by}, which joined it first."
+        )
     if scope.state not in OPEN and not getattr(error, "__notes__", None):
         error.add_note(
             f"asgi_dbscope: {scope.label} got no connection to the database {scope.database.name!r}"
             "; no transaction was begun."
         )
+        if scope.holder is not None:
+            error.add_note(scope.database.second_connections.explain(scope))
 
 
 def _shaped_bind(
     scope: SessionScope[Any], session: Session, bind: Engine | Connection
 ) -> Engine | Connection:
     """The variant of *bind* that begins transactions as the scope's options say."""
-    if scope.options.mode == "autocommit":
+    shape = scope.shape
+    if shape.mode == "autocommit":
         transaction = session.get_transaction()
         if transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN:
             return bind  # the user's own `async with session.begin()`: a real transaction
     execution_options = _dialects.begin_options(
         bind.dialect.name,
-        mode=scope.options.mode,
-        isolation_level=scope.options.isolation_level,
-        read_only=scope.options.read_only,
+        mode=shape.mode,
+        isolation_level=shape.isolation_level,
+        read_only=shape.read_only,
     )
     if not execution_options:
         return bind
@@ -269,12 +308,17 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     use.connections.append(connection)
     scope.database.watch(connection, scope)
     scope.advance(Event.BEGUN)
-    if scope.options.mode != "autocommit":
+    scope.got_connection()
+    if scope.shape.mode != "autocommit":
         _dialects.check_transactional(connection.engine)
     if use.is_committing:  # the first change was made by a listener of the user's
         scope.note_commit()
-    if scope.options.read_only:
+    if scope.shape.read_only:
         _dialects.enforce_read_only(connection)
+    if scope.deadline is not None:
+        _dialects.limit_transaction(connection, scope.deadline - monotonic())
+    if scope.database.label_transactions == "application_name":
+        _dialects.label_transaction(connection, scope.block_label or scope.label)
     if session.in_nested_transaction():
         _dialects.begin(connection)
 
@@ -302,6 +346,12 @@ def _after_commit(session: Any) -> None:
     use: SessionUse | None = session.use
     if use is not None and use.connections and not session.in_nested_transaction():
         use.scope.advance(Event.COMMITTED)
+
+
+def _after_soft_rollback(session: Any, previous_transaction: SessionTransaction) -> None:
+    use: SessionUse | None = session.use
+    if use is not None and use.scope.agenda is not None and previous_transaction.nested:
+        use.scope.agenda.roll_back_to(previous_transaction)
 
 
 def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:

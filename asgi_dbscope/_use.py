@@ -1,23 +1,24 @@
-"""Who is inside a session: in which loop, how many at once, and what the last one out has to do."""
+"""Who is inside a session: one at a time, and what the last one out has to do.
+
+The two kinds differ only in how they wait: :mod:`._task_use` for tasks on an event loop,
+:mod:`._thread_use` for threads.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.util import await_only, greenlet_spawn
-
-from asgi_dbscope._completion import redeliver, run_to_completion
-from asgi_dbscope._policy import Ending
+from asgi_dbscope._current import get_innermost
 from asgi_dbscope.errors import (
-    EventLoopMismatchError,
     SessionScopeClosedError,
+    SessionScopeMismatchError,
     StreamSessionError,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
@@ -25,23 +26,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("asgi_dbscope")
 
-GRACE = 1.0
-"""Seconds for throwing away a connection that its scope has given up already."""
-
-
-_ending: ContextVar[SessionUse | None] = ContextVar("asgi_dbscope_ending", default=None)
-"""The use of the session that this task, or the one that started it, is ending."""
-
 
 class SessionUse:
     """The use of one scope's session, reported by the session at each operation's ends.
+
+    Everything but :meth:`run` is called from inside an operation: in SQLAlchemy's greenlet for an
+    asynchronous session, in whichever thread for a synchronous one.
 
     Attributes:
         scope: The session's scope.
 
         connections: Those that the open transaction has taken.
 
-        ender: The task that is ending the session's transaction now; nobody else may use it.
+        user: The task or thread that is inside an operation of the session.
+
+        ender: The task or thread that is ending the transaction now; nobody else may use it.
 
         has_written: Whether something other than a read was asked of the open transaction.
 
@@ -61,8 +60,6 @@ class SessionUse:
     """
 
     __slots__ = (
-        "_becomes_free",
-        "_users",
         "connections",
         "ender",
         "has_lost",
@@ -73,12 +70,14 @@ class SessionUse:
         "is_committing",
         "is_torn",
         "scope",
+        "user",
     )
 
     def __init__(self, scope: SessionScope[Any]) -> None:
         self.scope = scope
         self.connections: list[Connection] = []
-        self.ender: asyncio.Task[Any] | None = None
+        self.user: Any = None
+        self.ender: Any = None
         self.has_written = False
         self.has_lost = False
         self.is_closed = False
@@ -86,19 +85,83 @@ class SessionUse:
         self.is_committing = False
         self.is_torn = False
         self.is_abandoned = False
-        self._users: set[asyncio.Task[Any]] = set()
-        self._becomes_free: asyncio.Future[None] | None = None
 
     @property
     def is_busy(self) -> bool:
-        """Whether a task is inside an operation of the session."""
-        return bool(self._users)
+        """Whether somebody is inside an operation of the session."""
+        return self.user is not None
+
+    # ---------------------------------------------------------------- how it waits
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> Coroutine[Any, Any, None]:
+        """Run *function*, which may do I/O on the session, from the event loop."""
+        raise NotImplementedError
+
+    def check_place(self) -> object:
+        """Refuse an operation that comes from where the session can't be used.
+
+        Raises:
+            EventLoopMismatchError: If it does.
+        """
+        raise NotImplementedError
+
+    def enter(self) -> object:
+        """An operation begins; while somebody ends the transaction it waits for its turn.
+
+        So what a child task gets doesn't depend on whether its statement came a moment before, in
+        or after the COMMIT of the response: after it, it begins the next transaction.
+
+        Returns:
+            What :meth:`leave` is to be told; ``None`` where nobody waits for it to leave: it is
+            ending the transaction, or part of another operation (a flush in a query).
+
+        Raises:
+            ConcurrentSessionUseError: If somebody else is inside.
+        """
+        raise NotImplementedError
+
+    def leave(self, user: object, session: Session) -> None:
+        """An operation has ended; clear up what the last one out was told to."""
+        raise NotImplementedError
+
+    def begin_ending(self) -> None:
+        """Let nobody else in; after another ending, if there is one."""
+        raise NotImplementedError
+
+    def end_ending(self, session: Session) -> None:
+        """Let the others in again."""
+        raise NotImplementedError
+
+    def wait_until_free(self, timeout: float) -> bool:
+        """Wait for the others to come out of the session, *timeout* seconds at most."""
+        raise NotImplementedError
+
+    def roll_back(self, session: Session, timeout: float) -> None:
+        """Roll back, in *timeout* seconds if it can be interrupted."""
+        raise NotImplementedError
+
+    def commit(self, session: Session) -> None:
+        """Commit."""
+        session.commit()
+
+    def invalidate(self, session: Session) -> None:
+        """Throw its connections away."""
+        session.invalidate()
+
+    def run_hooks(self) -> None:
+        """Run the hooks of a transaction that the user has ended."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------- what it knows
 
     def check_registration(self) -> None:
         """Refuse objects and operations that come too late."""
         scope = self.scope
         if scope.is_over:
             scope.refuse_late_use()
+        gate = scope.gate
+        if gate is not None and get_innermost() is not gate:
+            self._check_request(gate)
         if self.is_closed:
             msg = (
                 f"The session of {scope!r} was closed by hand (session.close(), or the end of "
@@ -113,72 +176,31 @@ class SessionUse:
             )
             raise StreamSessionError(msg)
 
-    def current_task(self) -> asyncio.Task[Any] | None:
-        """The task that asks for an operation.
+    def _check_request(self, gate: object) -> None:
+        """Refuse a session that an object of another request kept.
 
-        Raises:
-            EventLoopMismatchError: If it is in another thread or event loop than the scope's.
+        Nothing of what it does would be settled at the head of the request that it does it in.
         """
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:
-            loop = None
-        if loop is not None and loop is self.scope.loop:
-            return asyncio.current_task(loop)
-        msg = (
-            f"The AsyncSession of {self.scope!r} was used outside of the asyncio event loop that "
-            "its scope was opened in. From a worker thread (a `def` endpoint) call back into the "
-            "loop: `anyio.from_thread.run(session.execute, statement)`. In another loop open a "
-            "scope of its own: `async with db.session_scope() as session:`."
-        )
-        raise EventLoopMismatchError(msg)
-
-    def enter(self) -> asyncio.Task[Any] | None:
-        """An operation begins; while another task ends the transaction it waits for its turn.
-
-        So what a child task gets doesn't depend on whether its statement came a moment before, in
-        or after the COMMIT of the response: after it, it begins the next transaction.
-
-        Returns:
-            The task that :meth:`leave` is to be told; ``None`` where nobody waits for it to leave:
-            it is ending the transaction, or part of another operation (a flush in a query).
-        """
-        task = self.current_task()
-        if task in self._users:
-            return None
-        self.check_registration()
-        if task is None or task is self.ender:
-            return None
-        if self.ender is not None and _ending.get() is self:
-            return None  # a task that the user's own commit() or rollback() started
-        while self.ender is not None:
-            await_only(asyncio.wait([self.ender]))
-            self.check_registration()
-        if self.is_closing:
-            self.scope.refuse_late_use()
-        self._users.add(task)
-        return task
-
-    def leave(self, task: asyncio.Task[Any] | None, session: Session) -> None:
-        """An operation has ended; the last one out clears up what it was told to."""
-        if task is None:
-            return
-        self._users.remove(task)
-        if self._users:
-            return
-        if self.is_torn and self.ender is None:
-            # In a task of its own: this one is most likely being cancelled.
-            self.is_torn = False
-            redeliver(await_only(self.scope.settle(Ending.ROLLBACK)))
-        if self.is_abandoned:
-            throwing_away = greenlet_spawn(session.invalidate)
-            redeliver(await_only(run_to_completion(throwing_away, grace=GRACE)))
-        if self._becomes_free is not None and not self._becomes_free.done():
-            self._becomes_free.set_result(None)
+        holder = get_innermost()
+        other = None
+        while holder is not None:
+            if holder is gate:
+                return
+            if holder.is_request and not holder.is_over and other is None:
+                other = holder.find(self.scope.database)
+            holder = holder.outer
+        if other is not None:
+            msg = (
+                f"The session of {self.scope!r} was used in {other.label}. An object that outlives "
+                "its request keeps it: one that a DI container builds once (a Singleton, a "
+                "Resource), a cache, a module's variable. Give such an object db.session_proxy, "
+                "which stands for the session of whichever request uses it."
+            )
+            raise SessionScopeMismatchError(msg)
 
     def has_changes(self, session: Session) -> bool:
         """Whether something would be lost if the open transaction were rolled back."""
-        is_durable = self.scope.options.mode == "autocommit"
+        is_durable = self.scope.shape.mode == "autocommit"
         is_pending = bool(session.new or session.dirty or session.deleted)
         return is_pending or (self.has_written and not is_durable)
 
@@ -186,30 +208,19 @@ class SessionUse:
         """The session is being closed by hand, in a transaction."""
         self.has_lost = self.has_changes(session)
 
-    async def begin_ending(self) -> None:
-        """Let nobody but this task in; after a ``release()`` of another task, if there is one."""
-        while self.ender is not None:
-            await asyncio.wait([self.ender])
-        self.ender = asyncio.current_task()
-        _ending.set(self)  # in the context of the ending's task, and so of those it starts
-
-    async def wait_until_free(self, timeout: float) -> bool:  # noqa: ASYNC109 - the answer is False, not an error
-        """Wait for other tasks to come out of the session, *timeout* seconds at most."""
-        self._becomes_free = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(timeout):
-                await self._becomes_free
-        except TimeoutError:
-            logger.warning("%s", self.busy_message(timeout))
-            return False
-        finally:
-            self._becomes_free = None
-        return True
-
     def busy_message(self, timeout: float) -> str:
         """What to tell a user whose child task holds up the end."""
         return (
             f"{self.scope!r} ends, and after {timeout} seconds (cleanup_timeout) another task is "
             "still running a statement on its session. Its connection is thrown away and nothing "
             "is committed. Await child tasks before the response is sent."
+        )
+
+    def concurrent_message(self, inside: str, entering: str) -> str:
+        """What to tell a user who shares one session between two."""
+        return (
+            f"{self.scope!r}: {entering} uses the session while {inside} is inside it. A session, "
+            "like its connection, does one thing at a time. Await one after the other; or give "
+            "each a session of its own (`async with db.branch() as session:`, `await "
+            "db.gather(...)`); or let them queue with Database(..., concurrency='serialize')."
         )

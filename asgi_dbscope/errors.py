@@ -27,6 +27,10 @@ class SessionScopeClosedError(DBScopeError):
     """A session was used after its scope had ended, or after it was closed by hand."""
 
 
+class SessionScopeMismatchError(DBScopeError):
+    """A session of one request was used in another one."""
+
+
 class WebSocketSessionError(DBScopeError):
     """A websocket's code asked for a session outside ``async with db.session_scope()``."""
 
@@ -40,7 +44,31 @@ class LateOptionsError(DBScopeError):
 
 
 class RollbackOnlyError(DBScopeError):
-    """A COMMIT was asked for in a scope that was set rollback-only."""
+    """A COMMIT was asked for where nothing may be committed.
+
+    Either the scope was set rollback-only; or a transactional block inside failed, which is this
+    error's ``__cause__``, and the code caught that and went on.
+    """
+
+
+class TransactionRequiredError(DBScopeError):
+    """A block with ``propagation="MANDATORY"`` was entered outside of any transaction."""
+
+
+class TransactionForbiddenError(DBScopeError):
+    """A block with ``propagation="NEVER"`` was entered inside a transaction."""
+
+
+class TransactionMismatchError(DBScopeError):
+    """A block demands of the transaction that it joins what that transaction hasn't."""
+
+
+class TransactionTimeoutError(DBScopeError, TimeoutError):
+    """A transactional block took longer than its ``timeout``; it was rolled back."""
+
+
+class PoolTooSmallError(DBScopeError):
+    """A second connection was asked for while one is held, and the pool could never give it."""
 
 
 class TransactionAbortedError(DBScopeError):
@@ -52,7 +80,7 @@ class TransactionAbortedError(DBScopeError):
 
 
 class ConcurrentSessionUseError(DBScopeError):
-    """A transaction could not be ended: another task went on using the session."""
+    """Two tasks or threads used one session at the same time."""
 
 
 class EventLoopMismatchError(DBScopeError):

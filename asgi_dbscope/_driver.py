@@ -1,0 +1,127 @@
+"""The driver: the only code that ends a session's transaction.
+
+Written once, as synchronous code: for an asynchronous session it runs in SQLAlchemy's greenlet, for
+a synchronous one in a thread; the session's use knows how to wait in each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.orm.session import SessionTransactionState
+
+from asgi_dbscope._lifecycle import Event, Outcome, State
+from asgi_dbscope._policy import Ending
+from asgi_dbscope.errors import ConcurrentSessionUseError
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, SessionTransaction
+
+    from asgi_dbscope._scope import SessionScope
+    from asgi_dbscope._use import SessionUse
+
+logger = logging.getLogger("asgi_dbscope")
+
+
+def end_transaction(
+    scope: SessionScope[Any],
+    session: Session,
+    use: SessionUse,
+    ending: Ending,
+    savepoint: SessionTransaction | None = None,
+) -> None:
+    """End the open transaction, or *savepoint* in it; waits for those who are in the session.
+
+    Raises:
+        Exception: What the database said to COMMIT. The transaction is rolled back by then.
+        ConcurrentSessionUseError: If somebody went on using the session, so that COMMIT could not
+            be sent.
+    """
+    timeout = scope.database.cleanup_timeout
+    use.begin_ending()
+    try:
+        if use.is_busy and not use.wait_until_free(timeout):
+            _invalidate(scope, session, use)
+            if ending is Ending.COMMIT and not use.is_torn:
+                raise ConcurrentSessionUseError(use.busy_message(timeout))
+        elif savepoint is not None:
+            _end_savepoint(scope, savepoint, ending)
+        elif ending is Ending.COMMIT and not use.is_torn:
+            _commit(scope, session, use)
+        else:
+            scope.warn_of_loss(session, use)
+            _roll_back(scope, session, use)
+    except asyncio.CancelledError:  # out of grace
+        _invalidate(scope, session, use)
+        if ending is Ending.COMMIT:
+            raise
+    finally:
+        use.is_torn = False
+        use.end_ending(session)
+
+
+def _commit(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
+    try:
+        use.commit(session)
+    except BaseException as error:
+        if scope.state is State.COMMITTING and not isinstance(error, Exception):
+            scope.advance(Event.ANSWER_LOST)  # cancelled, and the driver said nothing of it
+        _roll_back(scope, session, use)
+        became = (
+            "may or may not have been committed: the connection was lost during COMMIT"
+            if scope.outcome is Outcome.IN_DOUBT
+            else "was rolled back"
+        )
+        error.add_note(f"asgi_dbscope: the transaction of {scope.label} {became}.")
+        raise
+
+
+def _roll_back(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
+    """Roll back quietly: whatever goes wrong here must not hide why we roll back."""
+    try:
+        use.roll_back(session, scope.database.cleanup_timeout)
+    except Exception:
+        logger.warning(
+            "%s: ROLLBACK failed; the connection is thrown away", scope.label, exc_info=True
+        )
+        _invalidate(scope, session, use)
+
+
+def _invalidate(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
+    use.is_closed = True
+    try:
+        use.invalidate(session)
+    except Exception:  # noqa: BLE001 - SQLAlchemy refuses while another task is connecting
+        use.is_abandoned = True
+        logger.warning("%s: the connection will be thrown away when it is free", scope.label)
+
+
+def _end_savepoint(scope: SessionScope[Any], savepoint: SessionTransaction, ending: Ending) -> None:
+    if is_ended(savepoint):  # with its whole transaction, by the user's commit() or rollback()
+        return
+    if ending is Ending.COMMIT:
+        try:
+            savepoint.commit()
+        except BaseException as error:
+            _roll_back_to(scope, savepoint)
+            error.add_note(f"asgi_dbscope: rolled back to the savepoint of {scope.label}.")
+            raise
+    else:
+        _roll_back_to(scope, savepoint)
+
+
+def _roll_back_to(scope: SessionScope[Any], savepoint: SessionTransaction) -> None:
+    if is_ended(savepoint):
+        return
+    try:
+        savepoint.rollback()
+    except Exception as error:
+        logger.warning("%s: ROLLBACK TO SAVEPOINT failed", scope.label, exc_info=True)
+        scope.note_failure(error)  # the whole transaction can't be committed any more
+
+
+def is_ended(savepoint: SessionTransaction) -> bool:
+    """Whether *savepoint* was released or rolled back to already."""
+    return savepoint._state is SessionTransactionState.CLOSED  # noqa: SLF001 - is_active is False too after a failed flush

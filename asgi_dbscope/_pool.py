@@ -1,0 +1,121 @@
+"""What the pool can give, and what it never can: second connections beside one that is held."""
+
+from __future__ import annotations
+
+import logging
+from math import inf
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine
+from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
+
+from asgi_dbscope._lifecycle import OPEN
+from asgi_dbscope.errors import PoolTooSmallError
+
+if TYPE_CHECKING:
+    from asgi_dbscope._scope import SessionScope
+
+logger = logging.getLogger("asgi_dbscope")
+
+THREADS = 40
+"""Worker threads of an ASGI framework: anyio's default limiter, unless an app changed it."""
+
+
+_SHARING = (StaticPool, SingletonThreadPool)
+"""Pools that hand out the same connection twice."""
+
+
+def pool_capacity(engine: object) -> float:
+    """How many connections *engine*'s pool can have out at once; ``inf`` where it has no limit."""
+    pool = getattr(engine, "pool", None)
+    if isinstance(pool, _SHARING):
+        return 1
+    if not isinstance(pool, QueuePool):
+        return inf
+    overflow: int = pool._max_overflow  # noqa: SLF001 - SQLAlchemy has no other way to ask
+    size = pool.size()
+    return inf if overflow < 0 or size == 0 else size + overflow
+
+
+class SecondConnections:
+    """The scopes that wait for a connection while the scope around them holds one.
+
+    Where every connection of the pool is held by somebody who waits for another, nobody can go on:
+    that is found here, at once, rather than by the pool's timeout.
+    """
+
+    def __init__(self, engine: object) -> None:
+        self._engine = (
+            engine if isinstance(engine, Engine) else getattr(engine, "sync_engine", None)
+        )
+        self._lock = Lock()
+        self._waiting: set[SessionScope[Any]] = set()
+        self._has_warned = False
+
+    @property
+    def capacity(self) -> float:
+        """How many connections there can be."""
+        return pool_capacity(self._engine)
+
+    def expect(self, scope: SessionScope[Any]) -> None:
+        """*scope* may need a connection now.
+
+        Raises:
+            PoolTooSmallError: If it could never get one.
+        """
+        capacity = self.capacity
+        if capacity == inf:
+            return
+        with self._lock:
+            held = len(self._held_by_waiting(scope))
+            if held == 0:
+                return
+            if held >= capacity:
+                raise PoolTooSmallError(self.explain(scope))
+            self._waiting.add(scope)
+            is_tight = not self._has_warned and self._is_tight(held, capacity, scope)
+            self._has_warned = self._has_warned or is_tight
+        if is_tight:
+            logger.warning("%s", self.explain(scope))
+
+    def forget(self, scope: SessionScope[Any]) -> None:
+        """*scope* has its connection, or needs none."""
+        with self._lock:
+            self._waiting.discard(scope)
+
+    def explain(self, scope: SessionScope[Any]) -> str:
+        """What to tell a user whose pool is too small."""
+        pool = getattr(self._engine, "pool", None)
+        if isinstance(pool, _SHARING):
+            return (
+                f"asgi_dbscope: {scope!r} needs a connection of its own, and a "
+                f"{type(pool).__name__} would give it the one that is in the transaction around "
+                "it. Use a file database or another pool."
+            )
+        held = len(self._held_by_waiting(scope))
+        capacity = f"{self.capacity:.0f}"
+        return (
+            f"asgi_dbscope: {scope!r} needs a second connection while {scope.holder!r} holds one. "
+            f"The pool has {capacity} (pool_size + max_overflow), and {held} of them are held by "
+            f"blocks that wait like this; at {capacity} nobody could go on. With n requests at "
+            "once in such blocks the pool needs n + 1 connections for the first of them to go on, "
+            "and 2 * n for none to wait: enlarge it, limit n, or use propagation='NESTED', which "
+            "needs no second connection."
+        )
+
+    def _held_by_waiting(self, scope: SessionScope[Any]) -> set[SessionScope[Any]]:
+        """The scopes that hold a connection while something inside them waits for another."""
+        held: set[SessionScope[Any]] = set()
+        for waiting in (*self._waiting, scope):
+            holder = waiting.holder
+            while holder is not None:
+                if holder.state in OPEN:
+                    held.add(holder)
+                holder = holder.holder
+        return held
+
+    def _is_tight(self, held: int, capacity: float, scope: SessionScope[Any]) -> bool:
+        if scope.database.is_sync:  # as many at once as there are threads
+            return capacity <= THREADS
+        return 2 * held >= capacity

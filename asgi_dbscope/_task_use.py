@@ -1,0 +1,196 @@
+"""The use of an asynchronous session: tasks of one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextvars import ContextVar
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from asgi_dbscope._completion import redeliver, run_to_completion
+from asgi_dbscope._policy import Ending
+from asgi_dbscope._use import SessionUse
+from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from types import CodeType, FrameType
+
+    from sqlalchemy.orm import Session
+
+    from asgi_dbscope._scope import SessionScope
+
+logger = logging.getLogger("asgi_dbscope")
+
+GRACE = 1.0
+"""Seconds for throwing away a connection that its scope has given up already."""
+
+_ending: ContextVar[TaskUse | None] = ContextVar("asgi_dbscope_ending", default=None)
+"""The use of the session that this task, or the one that started it, is ending."""
+
+
+class TaskUse(SessionUse):
+    """The use of an asynchronous session, whose class may have verbs of its own."""
+
+    __slots__ = ("_becomes_free", "_session", "_turns")
+
+    def __init__(self, scope: SessionScope[Any], session: AsyncSession) -> None:
+        super().__init__(scope)
+        self._session = session
+        self._becomes_free: asyncio.Future[None] | None = None
+        is_serial = scope.database.concurrency == "serialize"
+        self._turns = asyncio.Lock() if is_serial else None
+
+    def run(self, function: Callable[..., None], *arguments: Any) -> Coroutine[Any, Any, None]:
+        """Run *function* in a greenlet, where SQLAlchemy's synchronous API awaits."""
+        return greenlet_spawn(function, *arguments)
+
+    def check_place(self) -> asyncio.Task[Any] | None:
+        """The task that asks for an operation.
+
+        Raises:
+            EventLoopMismatchError: If it is in another thread or event loop than the scope's.
+        """
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if loop is not None and loop is self.scope.loop:
+            return asyncio.current_task(loop)
+        msg = (
+            f"The AsyncSession of {self.scope!r} was used outside of the asyncio event loop that "
+            "its scope was opened in. `def` endpoints and threads are better off with a Database "
+            "of a synchronous engine. Or call back into the loop: `asyncio.run_coroutine_"
+            "threadsafe(session.execute(statement), current_scope().loop).result()`. In another "
+            "loop open a scope of its own: `async with db.session_scope() as session:`."
+        )
+        raise EventLoopMismatchError(msg)
+
+    def enter(self) -> asyncio.Task[Any] | None:
+        task = self.check_place()
+        if task is None:
+            self.check_registration()
+            return None
+        if task is self.user:
+            return None
+        self.check_registration()
+        if task is self.ender:
+            return None
+        if self.ender is not None and _ending.get() is self:
+            return None  # a task that the user's own commit() or rollback() started
+        if self._turns is None:
+            self._take(task)
+            return task
+        await_only(self._turns.acquire())
+        try:
+            self._take(task)
+        except BaseException:
+            self._turns.release()
+            raise
+        return task
+
+    def _take(self, task: asyncio.Task[Any]) -> None:
+        while self.ender is not None:
+            await_only(asyncio.wait([self.ender]))
+            self.check_registration()
+        if self.is_closing:
+            self.scope.refuse_late_use()
+        if self.user is not None:
+            msg = self.concurrent_message(_describe(self.user), _describe(task))
+            raise ConcurrentSessionUseError(msg)
+        self.scope.expect_connection()
+        self.user = task
+
+    def leave(self, user: object, session: Session) -> None:
+        if user is None:
+            return
+        self.user = None
+        self.scope.got_connection()
+        if self._turns is not None:
+            self._turns.release()
+        if self.is_torn and self.ender is None:
+            # In a task of its own: this one is most likely being cancelled.
+            self.is_torn = False
+            redeliver(await_only(self.scope.settle(Ending.ROLLBACK)))
+        if self.is_abandoned:
+            throwing_away = greenlet_spawn(session.invalidate)
+            redeliver(await_only(run_to_completion(throwing_away, grace=GRACE)))
+        if self._becomes_free is not None and not self._becomes_free.done():
+            self._becomes_free.set_result(None)
+
+    def begin_ending(self) -> None:
+        while self.ender is not None:
+            await_only(asyncio.wait([self.ender]))
+        self.ender = asyncio.current_task()
+        _ending.set(self)  # in the context of the ending's task, and so of those it starts
+
+    def end_ending(self, session: Session) -> None:  # noqa: ARG002 - for threads
+        self.ender = None
+
+    def wait_until_free(self, timeout: float) -> bool:
+        is_free: bool = await_only(self._wait_until_free(timeout))
+        return is_free
+
+    async def _wait_until_free(self, timeout: float) -> bool:  # noqa: ASYNC109 - the answer is False, not an error
+        self._becomes_free = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._becomes_free
+        except TimeoutError:
+            logger.warning("%s", self.busy_message(timeout))
+            return False
+        finally:
+            self._becomes_free = None
+        return True
+
+    def roll_back(self, session: Session, timeout: float) -> None:
+        await_only(_in_time(self._session.rollback(), timeout))
+
+    def commit(self, session: Session) -> None:
+        if type(self._session).commit is AsyncSession.commit:
+            session.commit()  # the same, by a shorter way
+        else:
+            await_only(self._session.commit())
+
+    def invalidate(self, session: Session) -> None:
+        await_only(self._session.invalidate())
+
+    def run_hooks(self) -> None:
+        redeliver(await_only(self.scope.run_hooks()))
+
+
+async def _in_time(operation: Coroutine[Any, Any, None], timeout: float) -> None:  # noqa: ASYNC109 - that is its point
+    async with asyncio.timeout(timeout):
+        await operation
+
+
+# --------------------------------------------------------------------------------------
+# Naming a task
+# --------------------------------------------------------------------------------------
+
+
+def _describe(task: asyncio.Task[Any]) -> str:
+    """The name of *task*, what it runs, and where it was created, as far as Python knows."""
+    coroutine: Any = task.get_coro()
+    code: CodeType | None = getattr(coroutine, "cr_code", None)
+    place = ""
+    if code is not None:
+        place = f", {code.co_qualname} ({_short(code.co_filename)}:{code.co_firstlineno})"
+    # asyncio keeps the place only in debug mode (PYTHONASYNCIODEBUG=1).
+    created: Any = getattr(task, "_source_traceback", None)
+    if created:
+        line = created[-1]
+        place += f", created at {_short(line.filename)}:{line.lineno}"
+    frames: list[FrameType] = task.get_stack()
+    if frames:
+        frame = frames[-1]
+        place += f", now at {_short(frame.f_code.co_filename)}:{frame.f_lineno}"
+    return f"task {task.get_name()!r}{place}"
+
+
+def _short(filename: str) -> str:
+    return "/".join(PurePath(filename).parts[-2:])

@@ -1,0 +1,130 @@
+"""The use of a synchronous session: threads, one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+
+from asgi_dbscope._policy import Ending
+from asgi_dbscope._use import SessionUse
+from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.orm import Session
+
+    from asgi_dbscope._scope import SessionScope
+
+logger = logging.getLogger("asgi_dbscope")
+
+
+class ThreadUse(SessionUse):
+    """The use of a synchronous session."""
+
+    __slots__ = ("_changed",)
+
+    def __init__(self, scope: SessionScope[Any]) -> None:
+        super().__init__(scope)
+        self._changed = threading.Condition()
+
+    async def run(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run *function* in a worker thread that no endpoint can occupy.
+
+        With the limiter that endpoints share, as many of them as there are threads would wait for
+        connections, and keep the commits that would free them from running.
+        """
+        try:
+            await anyio.to_thread.run_sync(
+                partial(function, *arguments),
+                limiter=self.scope.database.limiter(),
+                abandon_on_cancel=True,
+            )
+        except asyncio.CancelledError:  # out of grace: the thread goes on, and clears up
+            self.is_abandoned = self.is_closed = True
+            raise
+
+    def check_place(self) -> threading.Thread:
+        loop = self.scope.request_loop
+        if loop is not None and asyncio._get_running_loop() is loop:  # noqa: SLF001 - public, for those who ask often
+            msg = (
+                f"The synchronous session of {self.scope!r} was used on the event loop, where its "
+                "I/O would hold up every other request. Use it in a `def` endpoint or in `await "
+                "asyncio.to_thread(...)`; or make the Database of an AsyncEngine."
+            )
+            raise EventLoopMismatchError(msg)
+        return threading.current_thread()
+
+    def enter(self) -> threading.Thread | None:
+        thread = self.check_place()
+        if thread is self.user or thread is self.ender:
+            return None
+        self.check_registration()
+        self.scope.check_deadline()
+        with self._changed:
+            is_serial = self.scope.database.concurrency == "serialize"
+            while self.ender is not None or (is_serial and self.user is not None):
+                self._changed.wait()
+            self.check_registration()
+            if self.is_closing:
+                self.scope.refuse_late_use()
+            if self.user is not None:
+                inside, entering = (f"thread {each.name!r}" for each in (self.user, thread))
+                raise ConcurrentSessionUseError(self.concurrent_message(inside, entering))
+            self.scope.expect_connection()
+            self.user = thread
+        return thread
+
+    def leave(self, user: object, session: Session) -> None:
+        if user is None:
+            return
+        self.scope.got_connection()
+        with self._changed:
+            self.user = None
+            self._changed.notify_all()
+        if self.is_torn and self.ender is None:
+            self.is_torn = False
+            self.scope.settle_here(Ending.ROLLBACK)
+        if self.is_abandoned:
+            self._throw_away(session)
+
+    def begin_ending(self) -> None:
+        with self._changed:
+            while self.ender is not None:
+                self._changed.wait()
+            self.ender = threading.current_thread()
+
+    def end_ending(self, session: Session) -> None:
+        with self._changed:
+            self.ender = None
+            self._changed.notify_all()
+        if self.is_abandoned:  # nobody waits for this thread any more
+            self._throw_away(session)
+
+    def wait_until_free(self, timeout: float) -> bool:
+        deadline = monotonic() + timeout
+        with self._changed:
+            while self.user is not None:
+                remaining = deadline - monotonic()
+                if remaining <= 0 or not self._changed.wait(remaining):
+                    logger.warning("%s", self.busy_message(timeout))
+                    return False
+        return True
+
+    def roll_back(self, session: Session, timeout: float) -> None:  # noqa: ARG002 - a thread can't be interrupted
+        session.rollback()
+
+    def run_hooks(self) -> None:
+        self.scope.run_hooks_here()
+
+    def _throw_away(self, session: Session) -> None:
+        try:
+            session.invalidate()
+        except Exception:
+            logger.warning("%s: a connection was lost", self.scope.label, exc_info=True)

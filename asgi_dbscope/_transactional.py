@@ -1,0 +1,524 @@
+"""Transactional blocks: ``db.transactional()``, a context manager and a decorator.
+
+One entry's way: find the scope, decide by the table of :mod:`._propagation`, open; at the end
+decide by the exception, close. The ends themselves are the scope's and its driver's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextvars import ContextVar
+from copy import copy
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from asgi_dbscope import _current, _dialects
+from asgi_dbscope._blocks import OwnScope, check_with, decorate
+from asgi_dbscope._completion import redeliver
+from asgi_dbscope._options import ScopeOptions
+from asgi_dbscope._policy import Cause, Ending
+from asgi_dbscope._propagation import (
+    ENTRIES,
+    Entry,
+    Propagation,
+    RollbackRules,
+    Situation,
+    check_propagation,
+)
+from asgi_dbscope._scope import Boundary
+from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
+    ConfigurationError,
+    TransactionForbiddenError,
+    TransactionMismatchError,
+    TransactionRequiredError,
+    TransactionTimeoutError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from contextvars import Token
+    from types import TracebackType
+
+    from asgi_dbscope._database import Database
+    from asgi_dbscope._scope import SessionScope
+
+F = TypeVar("F", bound="Callable[..., Any]")
+S = TypeVar("S", bound="AsyncSession | Session")
+AS = TypeVar("AS", bound=AsyncSession)
+SS = TypeVar("SS", bound=Session)
+
+_innermost: ContextVar[_Entered | None] = ContextVar("asgi_dbscope_block", default=None)
+"""The innermost block entered in this context."""
+
+
+class _Entered:
+    """One entry of a transactional block.
+
+    Attributes:
+        block: The block, which may be entered many times at once.
+
+        outer: The entry around this one, in this context.
+
+        scope: The scope that the block's work is done in.
+
+        kind: What was done on entering.
+
+        boundary: What marks its own transaction or savepoint; ``None`` where it has none.
+
+        joined: The boundary that it is inside of.
+
+        own: Its own scope, where it has one.
+
+        limit: The timer of an asynchronous block with a timeout.
+    """
+
+    __slots__ = ("block", "boundary", "joined", "kind", "limit", "outer", "own", "scope", "token")
+
+    def __init__(self, block: TransactionalBlock[Any]) -> None:
+        self.block = block
+        self.outer = _innermost.get()
+        self.boundary: Boundary | None = None
+        self.joined: Boundary | None = None
+        self.own: OwnScope[Any] | None = None
+        self.limit: asyncio.Timeout | None = None
+        database = block.find_database()
+        scope = _current.find_scope(database)
+        self.kind = kind = _decide(block, scope)
+        if kind is Entry.NEW_SCOPE or kind is Entry.AUTOCOMMIT_SCOPE:
+            options = block.own_options(scope, kind)
+            self.own = OwnScope(database, options, block.label)
+            self.scope: SessionScope[Any] = self.own.scope
+        else:
+            assert scope is not None
+            scope.check_open()
+            self.scope = scope
+            self._join(scope)
+        # From here on nothing fails but I/O.
+        self.token: Token[_Entered | None] = _innermost.set(self)
+        block.live.append(self)
+
+    def _join(self, scope: SessionScope[Any]) -> None:
+        if self.kind is Entry.AS_IS:
+            return
+        if scope.boundaries:
+            self.joined = scope.boundaries[-1]
+            self._check_inside(self.joined)
+        if self.kind is Entry.BEGIN:
+            scope.check_can_begin()
+            self.boundary = self._make_boundary()
+            return
+        self.block.check_demands(scope)
+        if self.kind is Entry.SAVEPOINT:
+            self.boundary = self._make_boundary()
+        if self.joined is not None:
+            self.joined.inner += 1
+
+    def _make_boundary(self) -> Boundary:
+        is_task = not self.scope.database.is_sync
+        return Boundary(self.block.label, asyncio.current_task() if is_task else None)
+
+    def _check_inside(self, boundary: Boundary) -> None:
+        """Refuse to take part in a block of another task, whose end would be this one's.
+
+        Threads are told by the session itself, if they use it at the same time.
+        """
+        task = boundary.task
+        if task is None or task.done() or task is asyncio.current_task():
+            return  # a generator's, driven from another context
+        entered = self.outer
+        while entered is not None:
+            if entered.boundary is boundary:
+                return
+            entered = entered.outer
+        msg = (
+            f"{self.block.label} was entered while another task has {boundary.label} open on the "
+            "same session: what is done here would be rolled back with it. Run one after the "
+            "other, or give this one a session of its own: `async with db.branch():`."
+        )
+        raise ConcurrentSessionUseError(msg)
+
+    def leave(self) -> None:
+        """It isn't the innermost block any more."""
+        try:
+            _innermost.reset(self.token)
+        except ValueError:  # left in another context than entered
+            if _innermost.get() is self:
+                _innermost.set(self.outer)
+        self.block.live.remove(self)
+        if self.joined is not None:
+            self.joined.inner -= 1
+
+    def ending(self, error: BaseException | None) -> Ending:
+        """How the block ends that raised *error*."""
+        if self.is_late:
+            return Ending.ROLLBACK
+        is_success = error is None or not self.block.rules.rolls_back(error)
+        return Ending.COMMIT if is_success else Ending.ROLLBACK
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the block's timeout has passed."""
+        deadline = self.scope.deadline
+        return self.block.timeout is not None and deadline is not None and monotonic() >= deadline
+
+    def end_without_io(self, error: BaseException | None) -> bool:
+        """End a block that has nothing of its own to end; whether it was one."""
+        if self.own is None and self.boundary is None:
+            if self.kind is Entry.JOIN and error is not None and self.block.rules.rolls_back(error):
+                self.scope.note_failure(error)
+            return True
+        return False
+
+    def judge(self, error: BaseException | None) -> tuple[Ending, Exception | None]:
+        """How a block with a transaction or savepoint of its own ends, and what it raises then."""
+        assert self.boundary is not None
+        ending, refusal = self.scope.conclude(self.boundary, self.ending(error))
+        if error is None and self.scope.is_over:
+            self.scope.refuse_late_use()
+        return ending, refusal
+
+    def timed_out(
+        self, error: BaseException | None, *, is_cancelled: bool = False
+    ) -> TransactionTimeoutError | None:
+        """The error of a block that took too long, whoever noticed first.
+
+        An error of another kind stays what it is.
+        """
+        if not (is_cancelled or self.is_late):
+            return None
+        if not (is_cancelled or error is None or _dialects.is_statement_timeout(error)):
+            return None
+        return TransactionTimeoutError(
+            f"{self.block.label} took longer than its timeout of {self.block.timeout} seconds and "
+            "was rolled back."
+        )
+
+
+class TransactionalBlock(Generic[S]):
+    """What ``db.transactional()`` returns: a context manager and a decorator.
+
+    One object may be entered again inside itself, and in many tasks at once: what an entry needs
+    to know is never kept on it, but for the list of its open entries.
+    """
+
+    __slots__ = (
+        "_changes",
+        "_database",
+        "_name",
+        "label",
+        "live",
+        "propagation",
+        "rules",
+        "timeout",
+    )
+
+    def __init__(
+        self,
+        database: Database[S] | None,
+        *,
+        name: str | None = None,
+        propagation: Propagation | str = Propagation.REQUIRED,
+        isolation_level: str | None = None,
+        read_only: bool | None = None,
+        timeout: float | None = None,
+        rollback_for: type[Exception] | Iterable[type[Exception]] = (),
+        no_rollback_for: type[Exception] | Iterable[type[Exception]] = (),
+        label: str | None = None,
+    ) -> None:
+        self.propagation = check_propagation(propagation)
+        self.rules = RollbackRules(rollback_for, no_rollback_for)
+        self.timeout = _check_timeout(timeout)
+        if label is not None and not (isinstance(label, str) and label):
+            msg = f"label must be a string that is not empty; got {label!r}."
+            raise ConfigurationError(msg)
+        given: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
+        self._changes = {key: value for key, value in given.items() if value is not None}
+        ScopeOptions(**self._changes)
+        self._database = database
+        self._name = name
+        self.label = label or self._default_label
+        self.live: list[_Entered] = []
+
+    def __repr__(self) -> str:
+        return f"<{self.label}>"
+
+    @property
+    def _default_label(self) -> str:
+        return f"transactional({self.propagation.value})"
+
+    def __call__(self, function: F) -> F:
+        """Decorate a function: each call runs in an entry of its own."""
+        block = copy(self)
+        block.live = []
+        if self.label == self._default_label:
+            named = getattr(function, "__func__", function)
+            block.label = f"{getattr(named, '__qualname__', named)}()"
+        return decorate(function, self._database, "db.transactional()", lambda: block)
+
+    # ---------------------------------------------------------------- what an entry asks
+
+    def find_database(self) -> Database[Any]:
+        """The database it is for."""
+        if self._database is not None:
+            return self._database
+        return _current.find_database(self._name)
+
+    def own_options(self, enclosing: SessionScope[Any] | None, kind: Entry) -> ScopeOptions:
+        """The options of a scope of its own."""
+        database = self.find_database()
+        options = database.options if enclosing is None else enclosing.options
+        if kind is Entry.AUTOCOMMIT_SCOPE:
+            return options.changed(
+                {"mode": "autocommit", "isolation_level": None, "read_only": False}
+            )
+        return options.changed({"mode": "transaction", "stream": "release", **self._changes})
+
+    def begin_options(self, scope: SessionScope[Any]) -> ScopeOptions:
+        """The options of a transaction that it begins on the scope's own session."""
+        return scope.options.changed({"mode": "transaction", **self._changes})
+
+    def check_demands(self, scope: SessionScope[Any]) -> None:
+        """Refuse to join a transaction that isn't what this block demands.
+
+        Raises:
+            TransactionMismatchError: If it isn't.
+        """
+        if self.timeout is not None:
+            msg = (
+                f"{self.label} demands timeout={self.timeout} and joins the transaction of "
+                f"{scope!r}, which isn't its own to end. Use propagation='REQUIRES_NEW', "
+                "mode='autocommit' (there the outermost block is the transaction), or "
+                "asyncio.timeout() around what must not take longer."
+            )
+            raise TransactionMismatchError(msg)
+        if not self._changes:
+            return
+        if not scope.has_begun:
+            scope.configure(**self._changes)
+            scope.shaped_by = self.label
+            return
+        shape = scope.shape
+        for name, wanted in self._changes.items():
+            has = getattr(shape, name)
+            if _normal(has) != _normal(wanted):
+                msg = (
+                    f"{self.label} demands {name}={wanted!r} and joins the transaction of "
+                    f"{scope!r}, which has {name}={has!r}. Begin it that way, "
+                    f"with session_options({name}={wanted!r}) on the endpoint or the same on the "
+                    "outer block; or use propagation='REQUIRES_NEW', or mode='autocommit', where "
+                    "the outermost block is the transaction."
+                )
+                raise TransactionMismatchError(msg)
+
+    # ---------------------------------------------------------------- asynchronous
+
+    async def __aenter__(self: TransactionalBlock[AS]) -> AS:
+        check_with(self.find_database(), is_async=True, call=f"{self.label}:")
+        entered = _Entered(self)
+        scope = entered.scope
+        try:
+            if entered.boundary is not None:
+                await self._begin(entered, entered.boundary)
+            session: AS = scope.session
+            if self.timeout is not None:
+                scope.deadline = monotonic() + self.timeout
+                entered.limit = asyncio.timeout(self.timeout)
+                await entered.limit.__aenter__()
+        except BaseException:
+            entered.leave()
+            if entered.own is not None:
+                redeliver(await entered.own.close(Cause.RAISED))
+            raise
+        return session
+
+    async def _begin(self, entered: _Entered, boundary: Boundary) -> None:
+        scope = entered.scope
+        if entered.kind is Entry.BEGIN:
+            cancellation = await scope.settle(Ending.COMMIT)  # what autobegan is nobody's
+            if cancellation is not None:
+                raise cancellation
+            scope.begin_block(boundary, self.begin_options(scope))
+            return
+        cancellation = await scope.begin_savepoint(boundary)
+        if cancellation is not None:
+            redeliver(await scope.end_savepoint(boundary, Ending.ROLLBACK))
+            scope.leave_block(boundary)
+            raise cancellation
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        entered = self._last()
+        entered.leave()
+        if entered.end_without_io(exc):
+            return
+        error, late = exc, None
+        if entered.limit is not None:
+            is_cancelled = await _stop(entered.limit, exc_type, exc, traceback)
+            late = entered.timed_out(exc, is_cancelled=is_cancelled)
+            error = late or exc
+        cancellation = await self._end(entered, error)
+        if late is not None:
+            redeliver(cancellation)
+            raise late from exc
+        if cancellation is None:
+            return
+        if exc is None:
+            raise cancellation
+        redeliver(cancellation)
+
+    async def _end(
+        self, entered: _Entered, error: BaseException | None
+    ) -> asyncio.CancelledError | None:
+        scope, boundary = entered.scope, entered.boundary
+        if entered.own is not None:
+            is_success = entered.ending(error) is Ending.COMMIT
+            cause = Cause.COMPLETED if is_success else Cause.RAISED
+            return await entered.own.close(cause, is_failing=error is not None)
+        assert boundary is not None
+        ending, refusal = entered.judge(error)
+        try:
+            if scope.is_over:
+                return None
+            if boundary.savepoint is None:
+                cancellation = await scope.settle(ending, is_failing=error is not None)
+            else:
+                cancellation = await scope.end_savepoint(boundary, ending, error)
+        finally:
+            scope.deadline = None
+            scope.leave_block(boundary)
+        if refusal is not None:
+            redeliver(cancellation)
+            if error is None:
+                raise refusal
+        return cancellation
+
+    # ---------------------------------------------------------------- synchronous
+
+    def __enter__(self: TransactionalBlock[SS]) -> SS:
+        check_with(self.find_database(), is_async=False, call=f"{self.label}:")
+        entered = _Entered(self)
+        scope, boundary = entered.scope, entered.boundary
+        try:
+            if entered.kind is Entry.BEGIN and boundary is not None:
+                scope.settle_here(Ending.COMMIT)
+                scope.begin_block(boundary, self.begin_options(scope))
+            elif boundary is not None:
+                scope.begin_savepoint_here(boundary)
+            if self.timeout is not None:
+                scope.deadline = monotonic() + self.timeout
+            session: SS = scope.session
+        except BaseException:
+            entered.leave()
+            if entered.own is not None:
+                entered.own.close_here(Cause.RAISED)
+            raise
+        return session
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        entered = self._last()
+        entered.leave()
+        if entered.end_without_io(exc):
+            return
+        late = entered.timed_out(exc)
+        self._end_here(entered, late or exc)
+        if late is not None:
+            raise late from exc
+
+    def _end_here(self, entered: _Entered, error: BaseException | None) -> None:
+        scope, boundary = entered.scope, entered.boundary
+        if entered.own is not None:
+            is_success = entered.ending(error) is Ending.COMMIT
+            cause = Cause.COMPLETED if is_success else Cause.RAISED
+            entered.own.close_here(cause, is_failing=error is not None)
+            return
+        assert boundary is not None
+        ending, refusal = entered.judge(error)
+        try:
+            if scope.is_over:
+                return
+            scope.deadline = None
+            if boundary.savepoint is None:
+                scope.settle_here(ending, is_failing=error is not None)
+            else:
+                scope.end_savepoint_here(boundary, ending, error)
+        finally:
+            scope.leave_block(boundary)
+        if refusal is not None and error is None:
+            raise refusal
+
+    def _last(self) -> _Entered:
+        """The entry that ends now: this context's innermost of this block."""
+        entered = _innermost.get()
+        while entered is not None:
+            if entered.block is self:
+                return entered
+            entered = entered.outer
+        if len(self.live) == 1:  # left in another context than entered (a fixture's exit)
+            return self.live[0]
+        msg = f"{self.label} was left in a context in which it was not entered."
+        raise ConfigurationError(msg)
+
+
+async def _stop(
+    limit: asyncio.Timeout,
+    exc_type: type[BaseException] | None,
+    exc: BaseException | None,
+    traceback: TracebackType | None,
+) -> bool:
+    """Stop the timer; whether it cancelled the block."""
+    try:
+        await limit.__aexit__(exc_type, exc, traceback)
+    except TimeoutError:
+        return True
+    return False
+
+
+def _decide(block: TransactionalBlock[Any], scope: SessionScope[Any] | None) -> Entry:
+    if scope is None or scope.is_websocket:
+        situation = Situation.NO_SCOPE
+    elif scope.is_in_transaction:
+        situation = Situation.IN_TRANSACTION
+    else:
+        situation = Situation.NO_TRANSACTION
+    kind = ENTRIES[block.propagation][situation]
+    if kind is Entry.REFUSE_WITHOUT:
+        msg = (
+            f"{block.label} has propagation='MANDATORY' and there is no transaction to join"
+            f"{'' if scope is None else f' in {scope!r}'}. Call it inside `db.transactional()` or "
+            "`db.session_scope()`, or leave the propagation out."
+        )
+        raise TransactionRequiredError(msg)
+    if kind is Entry.REFUSE_WITHIN:
+        msg = (
+            f"{block.label} has propagation='NEVER' and there is the transaction of {scope!r}. "
+            "Call it outside of that, or use propagation='NOT_SUPPORTED' to run beside it."
+        )
+        raise TransactionForbiddenError(msg)
+    return kind
+
+
+def _normal(value: object) -> object:
+    return value.replace("_", " ").upper() if isinstance(value, str) else value
+
+
+def _check_timeout(timeout: Any) -> float | None:
+    if timeout is None:
+        return None
+    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not (is_number and timeout > 0):
+        msg = f"timeout must be a number of seconds above 0; got {timeout!r}."
+        raise ConfigurationError(msg)
+    return float(timeout)
