@@ -293,6 +293,7 @@ class Database(Generic[S]):
     @overload
     def session_scope(
         self,
+        /,
         *,
         mode: Mode | None = ...,
         read_only: bool = ...,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._completion import redeliver
+from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._lifecycle import Fact
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._scope import SessionScope
@@ -344,7 +345,7 @@ class ResponseGate:
         self.scopes = ()  # they know the gate: no cycle is left to the garbage collector
         self.has_returned = True
         for scope in self.late_scopes:
-            cancellation = await scope.run_hooks(late=True, is_failing=True) or cancellation
+            cancellation = await run_hooks(scope, late=True, is_failing=True) or cancellation
         self.late_scopes = []
         return cancellation
 

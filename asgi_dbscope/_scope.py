@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import logging
-from functools import partial
 from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-import anyio.to_thread
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransactionOrigin
 
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
-from asgi_dbscope._driver import end_transaction, is_ended
+from asgi_dbscope._driver import end_transaction
+from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
 from asgi_dbscope._lifecycle import (
     OPEN,
     OUTCOMES,
@@ -31,7 +29,6 @@ from asgi_dbscope._policy import Cause, Ending, decide_ending
 from asgi_dbscope._task_use import TaskUse
 from asgi_dbscope._thread_use import ThreadUse
 from asgi_dbscope.errors import (
-    ConcurrentSessionUseError,
     ConfigurationError,
     LateOptionsError,
     RollbackOnlyError,
@@ -45,6 +42,7 @@ if TYPE_CHECKING:
 
     from asgi_dbscope._agenda import Hook
     from asgi_dbscope._asgi import ResponseHead, Scope
+    from asgi_dbscope._boundary import Boundary
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._gate import ResponseGate
@@ -59,31 +57,6 @@ logger = logging.getLogger("asgi_dbscope")
 
 _creation = RLock()
 """Held while a scope makes its session: two worker threads may ask for it at the same time."""
-
-
-class Boundary:
-    """A transactional block with a transaction or a savepoint of its own.
-
-    Attributes:
-        label: What messages call it.
-
-        task: Who entered it, if it was a task.
-
-        savepoint: Its savepoint; ``None`` where it has the transaction.
-
-        is_rollback_only: Whether it is to be rolled back at its end.
-
-        inner: How many blocks that joined it, or have a savepoint in it, are open.
-    """
-
-    __slots__ = ("inner", "is_rollback_only", "label", "savepoint", "task")
-
-    def __init__(self, label: str, task: asyncio.Task[Any] | None) -> None:
-        self.label = label
-        self.task = task
-        self.savepoint: SessionTransaction | None = None
-        self.is_rollback_only = False
-        self.inner = 0
 
 
 class SessionScope(Lifecycle, Generic[S]):
@@ -329,7 +302,7 @@ class SessionScope(Lifecycle, Generic[S]):
         """
         failure = None if self.agenda is None else self.agenda.failure
         if failure is not None:
-            self._refuse_after(failure)
+            self.refuse_after(failure)
         if self.is_rollback_only:
             self._refuse_rollback_only()
         self.advance(Event.COMMIT_SENT)
@@ -372,7 +345,7 @@ class SessionScope(Lifecycle, Generic[S]):
     def add_hook(self, hook: Hook) -> None:
         """Let *hook* wait for the end of the transaction."""
         self.check_open()
-        self._agenda().add_hook(hook, self._savepoint())
+        self._agenda().add_hook(hook, self.savepoint)
 
     def add_late_hook(self, hook: Hook) -> None:
         """Let *hook*, which waits for no transaction, run after the response."""
@@ -397,8 +370,8 @@ class SessionScope(Lifecycle, Generic[S]):
         """
         failure = None if self.agenda is None else self.agenda.failure
         if failure is not None:
-            self._refuse_after(failure)
-        if self.is_rollback_only and self._savepoint() is not None:
+            self.refuse_after(failure)
+        if self.is_rollback_only and self.savepoint is not None:
             self._refuse_rollback_only()
 
     def _refuse_rollback_only(self) -> NoReturn:
@@ -411,18 +384,21 @@ class SessionScope(Lifecycle, Generic[S]):
     def note_failure(self, error: BaseException) -> None:
         """A block that has no transaction of its own failed: what it joined can't be committed."""
         if not self.is_over:
-            self._agenda().add_failure(error, self._savepoint())
+            self._agenda().add_failure(error, self.savepoint)
 
     def _agenda(self) -> Agenda:
         if self.agenda is None:
             self.agenda = Agenda()
         return self.agenda
 
-    def _savepoint(self) -> SessionTransaction | None:
+    @property
+    def savepoint(self) -> SessionTransaction | None:
+        """The innermost open savepoint of the session."""
         session = self.sync_session
         return None if session is None else session.get_nested_transaction()
 
-    def _refuse_after(self, failure: BaseException) -> NoReturn:
+    def refuse_after(self, failure: BaseException) -> NoReturn:
+        """Say why nothing can be committed: *failure* was swallowed."""
         msg = (
             f"{self!r} can't commit: a transactional block inside it failed "
             f"({type(failure).__name__}: {failure}), and the code caught the error and went on. "
@@ -458,7 +434,7 @@ class SessionScope(Lifecycle, Generic[S]):
         if failure is None or ending is Ending.ROLLBACK:
             return ending
         if head is None or head.status < 400:  # noqa: PLR2004 - what is above tells of it itself
-            self._refuse_after(failure)
+            self.refuse_after(failure)
         return Ending.ROLLBACK
 
     async def settle(
@@ -482,28 +458,28 @@ class SessionScope(Lifecycle, Generic[S]):
         cancellation = None
         try:
             if self._is_open(ending):
-                cancellation = await self._run(end_transaction, ending)
+                cancellation = await self.run(end_transaction, ending)
         except BaseException:
             if self.agenda is not None:
                 self.note_end(Outcome.ROLLED_BACK)
-                redeliver(await self.run_hooks(is_failing=True))
+                redeliver(await run_hooks(self, is_failing=True))
             raise
         if self.agenda is not None:
             self.note_end(_OUTCOMES[ending])
-            cancellation = await self.run_hooks(is_failing=is_failing) or cancellation
+            cancellation = await run_hooks(self, is_failing=is_failing) or cancellation
         return cancellation
 
     def settle_here(self, ending: Ending, *, is_failing: bool = False) -> None:
         """:meth:`settle` of a synchronous session, in this thread."""
         try:
             if self._is_open(ending):
-                end_transaction(self, *self._in_use(), ending)
+                end_transaction(self, *self.in_use(), ending)
         except BaseException:
             self.note_end(Outcome.ROLLED_BACK)
-            self.run_hooks_here(is_failing=True)
+            run_hooks_here(self, is_failing=True)
             raise
         self.note_end(_OUTCOMES[ending])
-        self.run_hooks_here(is_failing=is_failing)
+        run_hooks_here(self, is_failing=is_failing)
 
     def _is_open(self, ending: Ending) -> bool:
         """Whether there is a transaction to end; settles what needs no I/O."""
@@ -512,13 +488,15 @@ class SessionScope(Lifecycle, Generic[S]):
             self._tell_of_loss(use, ending)
         return session is not None and session.in_transaction()
 
-    def _in_use(self) -> tuple[Session, SessionUse]:
+    def in_use(self) -> tuple[Session, SessionUse]:
+        """The session, and who is in it."""
         assert self.sync_session is not None
         assert self.use is not None
         return self.sync_session, self.use
 
-    async def _run(self, function: Any, *arguments: Any) -> asyncio.CancelledError | None:
-        session, use = self._in_use()
+    async def run(self, function: Any, *arguments: Any) -> asyncio.CancelledError | None:
+        """Run a function of the driver to its end, from the event loop."""
+        session, use = self.in_use()
         operation = use.run(function, self, session, use, *arguments)
         return await run_to_completion(operation, grace=self.database.cleanup_timeout)
 
@@ -555,7 +533,7 @@ class SessionScope(Lifecycle, Generic[S]):
         finally:
             self.close_settled()
             if self._keeps_late_hooks():
-                redeliver(await self.run_hooks(late=True, is_failing=True))
+                redeliver(await run_hooks(self, late=True, is_failing=True))
         return cancellation
 
     def close_here(self, ending: Ending, *, is_failing: bool = False) -> None:
@@ -567,7 +545,7 @@ class SessionScope(Lifecycle, Generic[S]):
         finally:
             self.close_settled()
             if self._keeps_late_hooks():
-                self.run_hooks_here(late=True, is_failing=True)
+                run_hooks_here(self, late=True, is_failing=True)
 
     def _keeps_late_hooks(self) -> bool:
         """Whether there are late hooks to run now; those inside a request go to its end."""
@@ -616,214 +594,6 @@ class SessionScope(Lifecycle, Generic[S]):
                 "%s: mode is 'manual' and nobody committed: open changes are rolled back",
                 self.label,
             )
-
-    # ---------------------------------------------------------------- hooks that are due
-
-    async def run_hooks(
-        self, *, late: bool = False, is_failing: bool = False
-    ) -> asyncio.CancelledError | None:
-        """Run the hooks whose transaction is over, each in a scope of its own.
-
-        Args:
-            late: Those that waited for the response too.
-
-            is_failing: Whether an error is under way already: then a hook's is only logged.
-
-        Returns:
-            A cancellation that arrived meanwhile, which the caller has to pass on.
-
-        Raises:
-            Exception: The first error of a hook with ``on_error="raise"``.
-        """
-        due = self._take_due(late=late)
-        started = () if self.agenda is None else tuple(self.agenda.started)
-        if not (due or started):
-            return None
-        if self.database.is_sync:
-            operation = anyio.to_thread.run_sync(partial(self._call_hooks_here, due))
-        else:
-            operation = self._call_hooks(due, started)
-        try:
-            return await run_to_completion(operation, grace=self.database.cleanup_timeout)
-        except Exception:
-            if not is_failing:
-                raise
-            logger.exception("%s: a hook failed", self.label)
-            return None
-
-    def run_hooks_here(self, *, late: bool = False, is_failing: bool = False) -> None:
-        """:meth:`run_hooks` of a synchronous session, in this thread."""
-        due = self._take_due(late=late)
-        try:
-            if due:
-                self._call_hooks_here(due)
-        except Exception:
-            if not is_failing:
-                raise
-            logger.exception("%s: a hook failed", self.label)
-
-    def _take_due(self, *, late: bool) -> list[tuple[Hook, Outcome]]:
-        agenda = self.agenda
-        if agenda is None:
-            return []
-        if late:
-            due, agenda.late = agenda.late, []
-        else:
-            due, agenda.due = agenda.due, []
-        return due
-
-    async def _call_hooks(
-        self, due: list[tuple[Hook, Outcome]], started: tuple[asyncio.Task[None], ...]
-    ) -> None:
-        if started:
-            await asyncio.wait(started)
-        failure: Exception | None = None
-        for hook, outcome in due:
-            try:
-                async with self.database.hook_scope():
-                    answer = hook.call(outcome)
-                    if inspect.isawaitable(answer):
-                        await answer
-            except Exception as error:  # noqa: BLE001 - logged or raised, as its hook says
-                failure = self._judge(hook, error, failure)
-        if failure is not None:
-            raise failure
-
-    def _call_hooks_here(self, due: list[tuple[Hook, Outcome]]) -> None:
-        failure: Exception | None = None
-        for hook, outcome in due:
-            try:
-                with self.database.hook_scope():
-                    hook.call(outcome)
-            except Exception as error:  # noqa: BLE001 - logged or raised, as its hook says
-                failure = self._judge(hook, error, failure)
-        if failure is not None:
-            raise failure
-
-    def _judge(self, hook: Hook, error: Exception, failure: Exception | None) -> Exception | None:
-        """Log *error*, or make it the one that is raised once all hooks have run."""
-        if hook.on_error == "raise" and failure is None:
-            error.add_note(
-                f"asgi_dbscope: raised by a hook of {self.label}, whose transaction was over by "
-                f"then: {self.outcome.name}."
-            )
-            return error
-        logger.error(
-            "%s: the hook %r failed; the others run", self.label, hook.function, exc_info=error
-        )
-        return failure
-
-    # ---------------------------------------------------------------- transactional blocks
-
-    def check_can_begin(self) -> None:
-        """Refuse to begin a block's transaction over changes that nobody has decided about."""
-        session, use = self.sync_session, self.use
-        if self.options.mode != "manual" or session is None or use is None:
-            return
-        if use.has_changes(session):
-            msg = (
-                f"{self!r} has mode='manual' and open changes that nobody committed: a "
-                "transactional block would commit them with its own. Commit or roll back first."
-            )
-            raise ConfigurationError(msg)
-
-    def begin_block(self, boundary: Boundary, options: ScopeOptions) -> None:
-        """What is done from now on belongs to the transaction of a block."""
-        self.shape = options
-        self.boundaries = (*self.boundaries, boundary)
-
-    async def begin_savepoint(self, boundary: Boundary) -> asyncio.CancelledError | None:
-        """Set the savepoint of a block.
-
-        Returns:
-            A cancellation that arrived meanwhile; the savepoint is set all the same.
-        """
-        self.session  # noqa: B018 - makes it
-        return await self._run(self._begin_savepoint, boundary)
-
-    def begin_savepoint_here(self, boundary: Boundary) -> None:
-        """:meth:`begin_savepoint` of a synchronous session, in this thread."""
-        self.session  # noqa: B018 - makes it
-        session, use = self._in_use()
-        self._begin_savepoint(self, session, use, boundary)
-
-    @staticmethod
-    def _begin_savepoint(
-        scope: SessionScope[Any],
-        session: Session,
-        use: SessionUse,  # noqa: ARG004 - as the driver's functions
-        boundary: Boundary,
-    ) -> None:
-        boundary.savepoint = session.begin_nested()
-        scope.boundaries = (*scope.boundaries, boundary)
-
-    def conclude(self, boundary: Boundary, ending: Ending) -> tuple[Ending, Exception | None]:
-        """How a block ends that asks for *ending*, and what it has to raise after that."""
-        if ending is Ending.ROLLBACK or self.is_over:
-            return ending, None
-        if boundary.is_rollback_only:
-            return Ending.ROLLBACK, None
-        if boundary.inner:
-            msg = (
-                f"{boundary.label} ends while a block that joined it is open in another task. It "
-                "was rolled back. Await child tasks inside the block, or give them a session of "
-                "their own: `async with db.branch():`."
-            )
-            return Ending.ROLLBACK, ConcurrentSessionUseError(msg)
-        savepoint, agenda = boundary.savepoint, self.agenda
-        if agenda is None:
-            return ending, None
-        failure = agenda.failure if savepoint is None else agenda.failure_under(savepoint)
-        if failure is not None:
-            try:
-                self._refuse_after(failure)
-            except RollbackOnlyError as error:
-                return Ending.ROLLBACK, error
-        return ending, None
-
-    async def end_savepoint(
-        self, boundary: Boundary, ending: Ending, error: BaseException | None = None
-    ) -> asyncio.CancelledError | None:
-        """Release the savepoint of a block that ended with *error*, or roll back to it."""
-        if self._has_lost(boundary, ending, error):
-            return None
-        return await self._run(end_transaction, ending, boundary.savepoint)
-
-    def end_savepoint_here(
-        self, boundary: Boundary, ending: Ending, error: BaseException | None
-    ) -> None:
-        """:meth:`end_savepoint` of a synchronous session, in this thread."""
-        if not self._has_lost(boundary, ending, error):
-            end_transaction(self, *self._in_use(), ending, boundary.savepoint)
-
-    def _has_lost(self, boundary: Boundary, ending: Ending, error: BaseException | None) -> bool:
-        """Whether the savepoint is gone, with a transaction that the user's own code ended.
-
-        What a failed block did after that can't be undone by itself any more.
-        """
-        savepoint = boundary.savepoint
-        if savepoint is not None and not is_ended(savepoint):
-            return False
-        if ending is Ending.ROLLBACK and self.state in OPEN:
-            if error is not None:
-                self.note_failure(error)
-            else:
-                self._forbid_around(boundary)
-        return True
-
-    def _forbid_around(self, boundary: Boundary) -> None:
-        """What a block asked to be rolled back is part of the transaction around it by now."""
-        outer = [each for each in self.boundaries if each is not boundary]
-        if outer:
-            outer[-1].is_rollback_only = True
-        else:
-            self.advance(Event.SET_ROLLBACK_ONLY)
-
-    def leave_block(self, boundary: Boundary) -> None:
-        """A block has ended; what is done from now on belongs to what is around it."""
-        self.boundaries = tuple(each for each in self.boundaries if each is not boundary)
-        if boundary.savepoint is None:
-            self.shape = self.options
 
     # ---------------------------------------------------------------- the session
 

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbscope._completion import redeliver, run_to_completion
+from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import SessionUse
 from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
@@ -147,7 +148,7 @@ class TaskUse(SessionUse):
             self._becomes_free = None
         return True
 
-    def roll_back(self, session: Session, timeout: float) -> None:
+    def roll_back(self, session: Session, timeout: float) -> None:  # noqa: ARG002 - its own verb
         await_only(_in_time(self._session.rollback(), timeout))
 
     def commit(self, session: Session) -> None:
@@ -156,11 +157,11 @@ class TaskUse(SessionUse):
         else:
             await_only(self._session.commit())
 
-    def invalidate(self, session: Session) -> None:
+    def invalidate(self, session: Session) -> None:  # noqa: ARG002 - its own verb
         await_only(self._session.invalidate())
 
     def run_hooks(self) -> None:
-        redeliver(await_only(self.scope.run_hooks()))
+        redeliver(await_only(run_hooks(self.scope)))
 
 
 async def _in_time(operation: Coroutine[Any, Any, None], timeout: float) -> None:  # noqa: ASYNC109 - that is its point

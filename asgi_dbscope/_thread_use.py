@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
+from asgi_dbscope._hook_runs import run_hooks_here
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import SessionUse
 from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
@@ -121,7 +122,7 @@ class ThreadUse(SessionUse):
         session.rollback()
 
     def run_hooks(self) -> None:
-        self.scope.run_hooks_here()
+        run_hooks_here(self.scope)
 
     def _throw_away(self, session: Session) -> None:
         try:

@@ -17,6 +17,17 @@ from sqlalchemy.orm import Session
 
 from asgi_dbscope import _current, _dialects
 from asgi_dbscope._blocks import OwnScope, check_with, decorate
+from asgi_dbscope._boundary import (
+    Boundary,
+    begin_block,
+    begin_savepoint,
+    begin_savepoint_here,
+    check_can_begin,
+    conclude,
+    end_savepoint,
+    end_savepoint_here,
+    leave_block,
+)
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._options import ScopeOptions
 from asgi_dbscope._policy import Cause, Ending
@@ -28,7 +39,6 @@ from asgi_dbscope._propagation import (
     Situation,
     check_propagation,
 )
-from asgi_dbscope._scope import Boundary
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     ConfigurationError,
@@ -108,7 +118,7 @@ class _Entered:
             self.joined = scope.boundaries[-1]
             self._check_inside(self.joined)
         if self.kind is Entry.BEGIN:
-            scope.check_can_begin()
+            check_can_begin(scope)
             self.boundary = self._make_boundary()
             return
         self.block.check_demands(scope)
@@ -176,7 +186,7 @@ class _Entered:
     def judge(self, error: BaseException | None) -> tuple[Ending, Exception | None]:
         """How a block with a transaction or savepoint of its own ends, and what it raises then."""
         assert self.boundary is not None
-        ending, refusal = self.scope.conclude(self.boundary, self.ending(error))
+        ending, refusal = conclude(self.scope, self.boundary, self.ending(error))
         if error is None and self.scope.is_over:
             self.scope.refuse_late_use()
         return ending, refusal
@@ -341,12 +351,12 @@ class TransactionalBlock(Generic[S]):
             cancellation = await scope.settle(Ending.COMMIT)  # what autobegan is nobody's
             if cancellation is not None:
                 raise cancellation
-            scope.begin_block(boundary, self.begin_options(scope))
+            begin_block(scope, boundary, self.begin_options(scope))
             return
-        cancellation = await scope.begin_savepoint(boundary)
+        cancellation = await begin_savepoint(scope, boundary)
         if cancellation is not None:
-            redeliver(await scope.end_savepoint(boundary, Ending.ROLLBACK))
-            scope.leave_block(boundary)
+            redeliver(await end_savepoint(scope, boundary, Ending.ROLLBACK))
+            leave_block(scope, boundary)
             raise cancellation
 
     async def __aexit__(
@@ -390,10 +400,10 @@ class TransactionalBlock(Generic[S]):
             if boundary.savepoint is None:
                 cancellation = await scope.settle(ending, is_failing=error is not None)
             else:
-                cancellation = await scope.end_savepoint(boundary, ending, error)
+                cancellation = await end_savepoint(scope, boundary, ending, error)
         finally:
             scope.deadline = None
-            scope.leave_block(boundary)
+            leave_block(scope, boundary)
         if refusal is not None:
             redeliver(cancellation)
             if error is None:
@@ -409,9 +419,9 @@ class TransactionalBlock(Generic[S]):
         try:
             if entered.kind is Entry.BEGIN and boundary is not None:
                 scope.settle_here(Ending.COMMIT)
-                scope.begin_block(boundary, self.begin_options(scope))
+                begin_block(scope, boundary, self.begin_options(scope))
             elif boundary is not None:
-                scope.begin_savepoint_here(boundary)
+                begin_savepoint_here(scope, boundary)
             if self.timeout is not None:
                 scope.deadline = monotonic() + self.timeout
             session: SS = scope.session
@@ -453,9 +463,9 @@ class TransactionalBlock(Generic[S]):
             if boundary.savepoint is None:
                 scope.settle_here(ending, is_failing=error is not None)
             else:
-                scope.end_savepoint_here(boundary, ending, error)
+                end_savepoint_here(scope, boundary, ending, error)
         finally:
-            scope.leave_block(boundary)
+            leave_block(scope, boundary)
         if refusal is not None and error is None:
             raise refusal
 

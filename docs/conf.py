@@ -30,6 +30,8 @@ html_static_path = ["_static"]
 html_css_files = ["rendered.css"]
 exclude_patterns = ["_build"]
 
+# Base classes of the integrations; their libraries are not needed to read about them.
+autodoc_mock_imports = ["faststream", "taskiq"]
 autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"

@@ -16,7 +16,17 @@ from packaging.version import Version
 import asgi_dbscope
 
 ROOT = Path(__file__).parents[2]
-FRAMEWORKS = {"fastapi", "flask", "litestar", "quart", "starlette", "uvicorn"}
+FRAMEWORKS = {
+    "dramatiq",
+    "fastapi",
+    "faststream",
+    "flask",
+    "litestar",
+    "quart",
+    "starlette",
+    "taskiq",
+    "uvicorn",
+}
 
 
 @pytest.fixture(scope="module")
