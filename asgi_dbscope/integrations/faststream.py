@@ -9,6 +9,8 @@ from faststream import AckPolicy, BaseMiddleware
 from faststream.exceptions import AckMessage
 from faststream.message import AckStatus
 
+from asgi_dbscope.errors import ConfigurationError
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -40,7 +42,7 @@ class SessionScopeMiddleware:
         isolation_level: As SQLAlchemy spells it.
 
     Raises:
-        ConfigurationError: If an option is wrong.
+        ConfigurationError: If an option is wrong, or the database synchronous.
     """
 
     def __init__(
@@ -58,6 +60,12 @@ class SessionScopeMiddleware:
             "isolation_level": isolation_level,
         }
         self.warned: set[str] = set()
+        if database.is_sync:
+            msg = (
+                f"{database!r} is synchronous, and this middleware works in the event loop. "
+                "Decorate the `def` handlers with @db.session_scope() instead."
+            )
+            raise ConfigurationError(msg)
         database.session_scope(**self.options)  # an error now rather than at the first message
 
     def __call__(self, msg: Any, /, *, context: ContextRepo) -> BaseMiddleware[Any, Any]:

@@ -44,7 +44,7 @@ class SessionScopeMiddleware(TaskiqMiddleware):
         isolation_level: As SQLAlchemy spells it.
 
     Raises:
-        ConfigurationError: If an option is wrong.
+        ConfigurationError: If an option is wrong, or the database synchronous.
     """
 
     def __init__(
@@ -62,6 +62,12 @@ class SessionScopeMiddleware(TaskiqMiddleware):
             "read_only": read_only,
             "isolation_level": isolation_level,
         }
+        if database.is_sync:
+            msg = (
+                f"{database!r} is synchronous, and this middleware works in the event loop. "
+                "Decorate the `def` tasks with @db.session_scope() instead."
+            )
+            raise ConfigurationError(msg)
         database.session_scope(**self._options)  # an error now rather than at the first message
         self._key = f"__session_scope_{id(self)}"  # on the message, where taskiq's tracing is too
         self._cleanups: set[asyncio.Task[None]] = set()
@@ -107,7 +113,7 @@ class SessionScopeMiddleware(TaskiqMiddleware):
         try:
             await self._end(message, None)
         except Exception as error:
-            logger.exception("%s: its transaction was not committed", message.task_name)
+            logger.exception("%s: its session scope ended with an error", message.task_name)
             result.is_err, result.return_value, result.error = True, None, error
             for each in reversed(self.broker.middlewares):
                 await maybe_awaitable(each.on_error(message, result, error))

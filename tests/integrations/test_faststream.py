@@ -7,6 +7,7 @@ message would tell the broker put on the timeline.
 import asyncio
 import logging
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import anyio.from_thread
@@ -199,13 +200,18 @@ async def test_redelivered_message_starts_afresh(broker, rows):
 async def test_raised_answers_end_the_transaction_as_they_say(
     raised, expected, kept, broker, rows, timeline
 ):
-    """G3: `AckMessage` says that the message is done and commits; the others roll back."""
+    """G3: `AckMessage` calls the message done and commits, the others roll back; no result."""
 
     @broker.subscriber("orders")
+    @broker.publisher("placed")
     async def place(number: int) -> None:
         current_session().add(Item(id=number))
         await current_session().flush()
         raise raised
+
+    @broker.subscriber("placed")
+    async def ship(number: int | None) -> None:
+        timeline.append("placed")
 
     async with TestRabbitBroker(broker):
         await broker.publish(1, "orders")
@@ -493,6 +499,45 @@ async def test_each_database_has_a_middleware(db, engine, tmp_path, rows):
 
 
 @on_sqlite
+async def test_ack_by_a_hook_is_after_the_commit(broker, db, caplog, timeline):
+    """G1: `db.on_commit(message.ack)` is after COMMIT, and nothing is warned of."""
+
+    @broker.subscriber("orders", ack_policy=AckPolicy.MANUAL)
+    async def place(number: int, message: RabbitMessage) -> None:
+        db.on_commit(message.ack)
+        current_session().add(Item(id=number))
+
+    async with TestRabbitBroker(broker):
+        await broker.publish(1, "orders")
+
+    assert [*COMMITTED, "ack"] == timeline
+    assert [] == [each for each in caplog.records if each.name == "asgi_dbscope"]
+
+
+@on_sqlite
+async def test_handlers_messages_wait_for_its_commit(broker, db, timeline):
+    """G1: `db.on_commit(broker.publish, ...)` publishes after COMMIT, and not after a rollback."""
+
+    @broker.subscriber("orders")
+    async def place(number: int) -> None:
+        db.on_commit(broker.publish, number, "placed")
+        current_session().add(Item(id=number))
+        if number == 2:
+            raise LookupError
+
+    @broker.subscriber("placed")
+    async def ship(number: int) -> None:
+        timeline.append(f"ship {number}")
+
+    async with TestRabbitBroker(broker):
+        await broker.publish(1, "orders")
+        with pytest.raises(LookupError):
+            await broker.publish(2, "orders")
+
+    assert [*COMMITTED, "ship 1", "ack", "ack", "reject"] == timeline
+
+
+@on_sqlite
 async def test_message_in_a_request_is_independent_of_it(broker, db, drive, rows):
     """G12: a handler that runs inside of a request has a transaction and a session of its own."""
     sessions = []
@@ -535,7 +580,34 @@ async def test_answer_to_a_request_is_nobodys_message(broker, caplog):
 
 
 @on_sqlite
+async def test_def_handler_on_a_synchronous_engine_is_decorated(engine, rows, timeline):
+    """G1: `@db.session_scope()` on a `def` handler commits in its thread, before the ack."""
+    sync_engine = sa.create_engine(engine.url.set(drivername="sqlite"))
+    timeline.watch(SimpleNamespace(sync_engine=sync_engine))
+    sync_db = Database(sync_engine)
+    broker = RabbitBroker()
+
+    @broker.subscriber("orders")
+    @sync_db.session_scope()
+    def place(number: int) -> None:
+        sync_db.session.add(Item(id=number))
+
+    async with TestRabbitBroker(broker):
+        await broker.publish(1, "orders")
+    sync_engine.dispose()
+
+    assert [*COMMITTED, "ack"] == timeline
+    assert [1] == await rows()
+
+
+@on_sqlite
 def test_wrong_options_are_an_error_at_once(db):
     """A wrong option is told when the middleware is made, not at the first message."""
     with pytest.raises(ConfigurationError, match="mode must be one of"):
         SessionScopeMiddleware(db, mode="sometimes")  # type: ignore[arg-type]
+
+
+def test_synchronous_database_is_refused():
+    """G13: a `Session` must not be shared with the event loop, so a decorator is asked for."""
+    with pytest.raises(ConfigurationError, match="Decorate the `def`"):
+        SessionScopeMiddleware(Database(sa.create_engine("sqlite://")))

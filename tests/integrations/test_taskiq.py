@@ -6,6 +6,7 @@ those of a broker with a queue are, and what becomes of them is put on the timel
 
 import asyncio
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 import pytest
@@ -193,7 +194,7 @@ async def test_failed_commit_is_the_tasks_failure(broker, rows, caplog):
 
     assert (True, None) == (result.is_err, result.return_value)
     assert isinstance(result.error, IntegrityError)
-    assert "its transaction was not committed" in caplog.text
+    assert "its session scope ended with an error" in caplog.text
     assert [] == await rows()
 
 
@@ -304,7 +305,7 @@ async def test_task_and_dependencies_share_the_session(broker, db, rows):
     @broker.task
     async def place(
         number: int,
-        session: Annotated[AsyncSession, TaskiqDepends(lambda: db.session)],
+        session: Annotated[AsyncSession, TaskiqDepends(current_session)],
         audit: Annotated[Any, TaskiqDepends(audited)],
     ) -> None:
         session.add(Item(id=number))
@@ -502,8 +503,138 @@ async def test_message_in_a_request_is_independent_of_it(broker, db, drive, rows
     assert [1] == await rows()
 
 
+def answering(status: int, *, work: Any) -> Any:
+    """An app that does some work and answers."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await work()
+        await send(start(status))
+        await send(body())
+
+    return app
+
+
+@pytest.fixture
+def kicked(make_broker, timeline):
+    """A task that leaves the database alone, and puts itself on the timeline."""
+
+    @make_broker().task
+    async def ship(number: int) -> None:
+        timeline.append(f"ship {number}")
+
+    return ship
+
+
+async def test_job_is_enqueued_after_the_commit_of_its_request(kicked, db, drive, timeline):
+    """G1: `db.on_commit(task.kiq, ...)` enqueues when COMMIT is answered, before the head."""
+
+    async def work() -> None:
+        current_session().add(Item(id=1))
+        db.on_commit(kicked.kiq, 1)
+
+    await drive(DBSessionMiddleware(answering(201, work=work), database=db))
+
+    assert [*COMMITTED, "ship 1", *ANSWERED, "start 201", "last body"] == timeline
+
+
+@on_sqlite
+async def test_job_need_not_delay_the_response(kicked, db, drive, timeline):
+    """G1: with `when="after_response"` the client doesn't wait for the broker."""
+
+    async def work() -> None:
+        current_session().add(Item(id=1))
+        db.on_commit(kicked.kiq, 1, when="after_response")
+
+    await drive(DBSessionMiddleware(answering(201, work=work), database=db))
+
+    assert [*COMMITTED, "start 201", "last body", "ship 1", *ANSWERED] == timeline
+
+
+@pytest.mark.parametrize("failure", ["status", "exception", "commit", "rollback_only"])
+async def test_job_of_a_request_that_is_rolled_back_is_not_enqueued(
+    failure, kicked, db, drive, rows, timeline
+):
+    """G3: no end of a request but a real COMMIT enqueues its jobs."""
+
+    async def work() -> None:
+        db.on_commit(kicked.kiq, 1)
+        db.on_commit(kicked.kiq, 2, when="after_response")
+        current_session().add(Item(id=1))
+        await current_session().flush()
+        if failure == "exception":
+            raise LookupError
+        if failure == "commit":
+            current_session().add(Child(id=1, item_id=404))
+        if failure == "rollback_only":
+            db.set_rollback_only()
+
+    status = 500 if failure == "status" else 201
+    await drive(DBSessionMiddleware(answering(status, work=work), database=db))
+
+    assert not [each for each in timeline if each.startswith("ship")]
+    assert [] == await rows()
+
+
+@on_sqlite
+async def test_job_of_a_savepoint_that_is_rolled_back_is_not_enqueued(kicked, db, timeline):
+    """G3: what is enqueued under a savepoint follows the savepoint."""
+    async with db.session_scope() as session:
+        session.add(Item(id=1))
+        db.on_commit(kicked.kiq, 1)
+        with pytest.raises(LookupError):
+            async with db.transactional("NESTED"):
+                db.on_commit(kicked.kiq, 2)
+                raise LookupError
+
+    assert ["ship 1"] == [each for each in timeline if each.startswith("ship")]
+
+
+@on_sqlite
+async def test_manual_ack_by_a_hook_is_after_the_commit(broker, db, timeline):
+    """G1, G3: `db.on_commit(context.ack)` acknowledges after COMMIT; a failed task stays queued."""
+
+    @broker.task(ack_type="manual")
+    async def place(number: int, context: Annotated[Context, TaskiqDepends()]) -> None:
+        db.on_commit(context.ack)
+        current_session().add(Item(id=number))
+        await current_session().flush()
+        if number == 2:
+            raise LookupError
+
+    await place.kiq(1)
+    await place.kiq(2)
+
+    assert [*COMMITTED, "ack", "saved", *ROLLED_BACK, "saved"] == timeline
+
+
+@on_sqlite
+async def test_def_task_on_a_synchronous_engine_is_decorated(make_broker, engine, rows, timeline):
+    """G1: `@db.session_scope()` on a `def` task commits in its thread, before the result."""
+    sync_engine = sa.create_engine(engine.url.set(drivername="sqlite"))
+    timeline.watch(SimpleNamespace(sync_engine=sync_engine))
+    sync_db = Database(sync_engine)
+
+    @make_broker().task(ack_type="when_executed")
+    @sync_db.session_scope()
+    def place(number: int) -> None:
+        sync_db.session.add(Item(id=number))
+
+    result = await (await place.kiq(1)).get_result()
+    sync_engine.dispose()
+
+    assert result.error is None
+    assert [*COMMITTED, "ack", "saved"] == timeline
+    assert [1] == await rows()
+
+
 @on_sqlite
 def test_wrong_options_are_an_error_at_once(db):
     """A wrong option is told when the middleware is made, not at the first message."""
     with pytest.raises(ConfigurationError, match="mode must be one of"):
         SessionScopeMiddleware(db, mode="sometimes")  # type: ignore[arg-type]
+
+
+def test_synchronous_database_is_refused():
+    """G13: a `Session` must not be shared with the event loop, so a decorator is asked for."""
+    with pytest.raises(ConfigurationError, match="Decorate the `def`"):
+        SessionScopeMiddleware(Database(sa.create_engine("sqlite://")))
