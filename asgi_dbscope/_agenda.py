@@ -107,9 +107,11 @@ class Agenda:
         late: Those of them that wait for the end of the response too.
 
         started: Hooks that were told to run at once, and still do.
+
+        is_handed_over: Whether a request runs the late ones at its end.
     """
 
-    __slots__ = ("_failures", "_hooks", "due", "late", "started")
+    __slots__ = ("_failures", "_hooks", "due", "is_handed_over", "late", "started")
 
     def __init__(self) -> None:
         self._hooks: list[_Entry] = []
@@ -117,6 +119,7 @@ class Agenda:
         self.due: list[tuple[Hook, Outcome]] = []
         self.late: list[tuple[Hook, Outcome]] = []
         self.started: set[asyncio.Task[None]] = set()
+        self.is_handed_over = False
 
     @property
     def is_empty(self) -> bool:

@@ -49,10 +49,11 @@ def check_can_begin(scope: SessionScope[Any]) -> None:
     session, use = scope.sync_session, scope.use
     if scope.options.mode != "manual" or session is None or use is None:
         return
-    if use.has_changes(session):
+    if use.has_changes(session) or session.in_nested_transaction():
         msg = (
-            f"{scope!r} has mode='manual' and open changes that nobody committed: a "
-            "transactional block would commit them with its own. Commit or roll back first."
+            f"{scope!r} has mode='manual' and open changes or a savepoint that nobody has ended: "
+            "the transaction of a transactional block would end them with its own. Commit or roll "
+            "back first."
         )
         raise ConfigurationError(msg)
 

@@ -9,7 +9,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, SessionTransactionOrigin
 
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
@@ -38,7 +37,7 @@ from asgi_dbscope.errors import (
 )
 
 if TYPE_CHECKING:
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.orm import Session, SessionTransaction
 
     from asgi_dbscope._agenda import Hook
     from asgi_dbscope._asgi import ResponseHead, Scope
@@ -182,9 +181,7 @@ class SessionScope(Lifecycle, Generic[S]):
         """
         if self.shape.mode == "transaction":
             return True
-        session = self.sync_session
-        transaction = None if session is None else session.get_transaction()
-        return transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN
+        return self.use is not None and self.use.is_begun_by_hand
 
     @property
     def is_rollback_only(self) -> bool:
@@ -311,7 +308,7 @@ class SessionScope(Lifecycle, Generic[S]):
         """Take note of *event*, with a line in the debug log."""
         before = super().advance(event)
         if self.agenda is not None and event in OUTCOMES:
-            self.agenda.end(OUTCOMES[event])
+            self._end_agenda(self.agenda, OUTCOMES[event])
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before
@@ -350,7 +347,9 @@ class SessionScope(Lifecycle, Generic[S]):
     def add_late_hook(self, hook: Hook) -> None:
         """Let *hook*, which waits for no transaction, run after the response."""
         self.check_open()
-        self._agenda().late.append((hook, Outcome.NOT_BEGUN))
+        agenda = self._agenda()
+        agenda.late.append((hook, Outcome.NOT_BEGUN))
+        self._end_agenda(agenda, self.outcome)
 
     def started_hooks(self) -> set[asyncio.Task[None]]:
         """The hooks that run at once; the next end waits for them."""
@@ -359,8 +358,21 @@ class SessionScope(Lifecycle, Generic[S]):
 
     def note_end(self, outcome: Outcome) -> None:
         """The transaction is over, also where nothing of it was begun in the database."""
-        if self.agenda is not None and self.state not in OPEN:
-            self.agenda.end(outcome)
+        if self.agenda is None or self.state in OPEN:
+            return
+        if outcome is Outcome.COMMITTED and self.is_rollback_only:
+            return  # nothing was asked of the database; the scope's end will roll back
+        self._end_agenda(self.agenda, outcome)
+
+    def _end_agenda(self, agenda: Agenda, outcome: Outcome) -> None:
+        """Let hooks be due; those that wait for a response too go to the request, in their turn."""
+        agenda.end(outcome)
+        if not agenda.late or agenda.is_handed_over:
+            return
+        holder: ScopeHolder | None = self.gate or self.outer
+        while holder is not None and not agenda.is_handed_over:
+            agenda.is_handed_over = holder.take_late_hooks(self)
+            holder = holder.outer
 
     def check_can_commit(self) -> None:
         """Refuse a ``commit()`` of the user's, before SQLAlchemy releases the savepoints.
@@ -532,7 +544,7 @@ class SessionScope(Lifecycle, Generic[S]):
             cancellation = await self.settle(ending, is_failing=is_failing)
         finally:
             self.close_settled()
-            if self._keeps_late_hooks():
+            if self._has_late_hooks:
                 redeliver(await run_hooks(self, late=True, is_failing=True))
         return cancellation
 
@@ -544,19 +556,14 @@ class SessionScope(Lifecycle, Generic[S]):
             self.settle_here(ending, is_failing=is_failing)
         finally:
             self.close_settled()
-            if self._keeps_late_hooks():
+            if self._has_late_hooks:
                 run_hooks_here(self, late=True, is_failing=True)
 
-    def _keeps_late_hooks(self) -> bool:
-        """Whether there are late hooks to run now; those inside a request go to its end."""
-        if self.agenda is None or not self.agenda.late:
-            return False
-        holder: ScopeHolder | None = self.gate or self.outer
-        while holder is not None:
-            if holder.take_late_hooks(self):
-                return False
-            holder = holder.outer
-        return True
+    @property
+    def _has_late_hooks(self) -> bool:
+        """Whether there are hooks that waited for the scope's end, and for no response."""
+        agenda = self.agenda
+        return agenda is not None and bool(agenda.late) and not agenda.is_handed_over
 
     def take_late_hooks(self, scope: SessionScope[Any]) -> bool:  # noqa: ARG002 - as a request
         """Only a request has a response that they could wait for."""

@@ -96,7 +96,10 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
             if nested:
                 for connection in use.connections:
                     _dialects.begin(connection)
-        return begin(self, nested=nested)
+        transaction = begin(self, nested=nested)
+        if use is not None and not nested:
+            use.is_begun_by_hand = True
+        return transaction
 
     return beginning
 
@@ -359,6 +362,7 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     if use is None or transaction.parent is not None:
         return
     use.has_written = False
+    use.is_begun_by_hand = False
     use.is_committing = False
     for connection in use.connections:
         unwatch(connection, use.scope)

@@ -279,8 +279,9 @@ class TransactionalBlock(Generic[S]):
 
     def own_options(self, enclosing: SessionScope[Any] | None, kind: Entry) -> ScopeOptions:
         """The options of a scope of its own."""
-        database = self.find_database()
-        options = database.options if enclosing is None else enclosing.options
+        options = self.find_database().options
+        if enclosing is not None and enclosing.is_websocket:
+            options = enclosing.options  # the middleware's, for this connection
         if kind is Entry.AUTOCOMMIT_SCOPE:
             return options.changed(
                 {"mode": "autocommit", "isolation_level": None, "read_only": False}

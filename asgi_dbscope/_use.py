@@ -42,6 +42,8 @@ class SessionUse:
 
         ender: The task or thread that is ending the transaction now; nobody else may use it.
 
+        is_begun_by_hand: Whether the open transaction is of a ``begin()`` of the user's own.
+
         has_written: Whether something other than a read was asked of the open transaction.
 
         is_committing: Whether the session is inside its COMMIT.
@@ -65,6 +67,7 @@ class SessionUse:
         "has_lost",
         "has_written",
         "is_abandoned",
+        "is_begun_by_hand",
         "is_closed",
         "is_closing",
         "is_committing",
@@ -78,6 +81,7 @@ class SessionUse:
         self.connections: list[Connection] = []
         self.user: Any = None
         self.ender: Any = None
+        self.is_begun_by_hand = False
         self.has_written = False
         self.has_lost = False
         self.is_closed = False
