@@ -1,0 +1,66 @@
+"""A client that leaves in mid-stream: what the body does until it hears of that."""
+
+import asyncio
+
+import sqlalchemy as sa
+
+from asgi_dbscope import DBSessionMiddleware
+from tests.fix_asgi import body, start
+from tests.fix_database import Item
+
+DISCONNECT = {"type": "http.disconnect"}
+
+
+async def test_body_that_goes_on_while_it_is_rolled_back_is_rolled_back_too(db, drive, rows):
+    """G7: what a body adds before the disconnect is told is the body's, and no background work."""
+    rolling_back = asyncio.Event()
+    streaming = asyncio.Event()
+    sync_engine = db.session_factory.kw["bind"].sync_engine
+
+    async def app(scope, receive, send):
+        async def stream():
+            await send(start(200))
+            db.session.add(Item(id=1))
+            await db.session.flush()
+            await send(body(b"chunk", more=True))
+            streaming.set()
+            await rolling_back.wait()
+            db.session.add(Item(id=2))
+            await db.session.flush()
+            await send(body(b"chunk", more=True))
+
+        streamer = asyncio.create_task(stream())
+        await streaming.wait()
+        sa.event.listen(sync_engine, "reset", lambda *_: rolling_back.set())
+        assert DISCONNECT == await receive()
+        streamer.cancel()
+        await asyncio.wait([streamer])
+        db.session.add(Item(id=3))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT])
+
+    assert exchange.error is None
+    assert [3] == await rows()
+
+
+async def test_cancelled_while_a_body_is_rolled_back_it_is_cancelled(db, drive, rows):
+    """G7, G10: a cancellation that comes while `receive()` rolls back a body is not lost."""
+    rolling_back = asyncio.Event()
+    sync_engine = db.session_factory.kw["bind"].sync_engine
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        sa.event.listen(sync_engine, "rollback", lambda _: rolling_back.set())
+        await receive()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT]))
+    await rolling_back.wait()
+    task.cancel()
+    async with asyncio.timeout(5):
+        await asyncio.wait([task])
+
+    assert isinstance(task.result().error, asyncio.CancelledError)
+    assert [] == await rows()
