@@ -58,6 +58,11 @@ def check_can_begin(scope: SessionScope[Any]) -> None:
         raise ConfigurationError(msg)
 
 
+def ending_before(scope: SessionScope[Any]) -> Ending:
+    """How what autobegan before a block ends: it is nobody's transaction."""
+    return Ending.ROLLBACK if scope.is_rollback_only else Ending.COMMIT
+
+
 def begin_block(scope: SessionScope[Any], boundary: Boundary, options: ScopeOptions) -> None:
     """What is done from now on belongs to the transaction of a block."""
     scope.shape = options
@@ -99,7 +104,7 @@ def conclude(
     """How a block ends that asks for *ending*, and what it has to raise after that."""
     if ending is Ending.ROLLBACK or scope.is_over:
         return ending, None
-    if boundary.is_rollback_only:
+    if boundary.is_rollback_only or (boundary.savepoint is None and scope.is_rollback_only):
         return Ending.ROLLBACK, None
     if boundary.inner:
         msg = (

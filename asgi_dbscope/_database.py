@@ -25,7 +25,7 @@ from asgi_dbscope._factory import make_engine, reporting_factory
 from asgi_dbscope._hooks import HookRegistrar
 from asgi_dbscope._options import Concurrency, LabelTransactions, ScopeOptions, check_choice
 from asgi_dbscope._policy import Cause
-from asgi_dbscope._pool import THREADS, SecondConnections
+from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
 from asgi_dbscope._propagation import Propagation
 from asgi_dbscope._transactional import TransactionalBlock
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
@@ -155,9 +155,9 @@ class Database(Generic[S]):
         self.places = _branches.Places()
         self._watched_dialects: set[Dialect] = set()
         self._session_proxy: Any = None
-        self._limiters: WeakKeyDictionary[asyncio.AbstractEventLoop, anyio.CapacityLimiter] = (
-            WeakKeyDictionary()
-        )
+        self._limiters: WeakKeyDictionary[
+            asyncio.AbstractEventLoop, dict[ThreadWork, anyio.CapacityLimiter]
+        ] = WeakKeyDictionary()
         self._check_label_transactions(bind)
         _current.known.add(self)
 
@@ -433,13 +433,16 @@ class Database(Generic[S]):
         """The scope that a hook runs in."""
         return SessionScopeBlock(self, {"mode": "transaction"})
 
-    def limiter(self) -> anyio.CapacityLimiter:
-        """The worker threads that end this database's transactions, and do nothing else."""
-        loop = asyncio.get_running_loop()
-        limiter = self._limiters.get(loop)
+    def limiter(self, work: ThreadWork) -> anyio.CapacityLimiter:
+        """The worker threads of one kind of work, which no other kind can occupy.
+
+        What gives a connection back never waits for a thread: there are as many as connections.
+        """
+        limiters = self._limiters.setdefault(asyncio.get_running_loop(), {})
+        limiter = limiters.get(work)
         if limiter is None:
-            places = min(self.second_connections.capacity, THREADS)
-            limiter = self._limiters[loop] = anyio.CapacityLimiter(places)
+            places = self.second_connections.capacity if work == "end" else THREADS
+            limiter = limiters[work] = anyio.CapacityLimiter(places)
         return limiter
 
     def watch(self, connection: Connection, scope: SessionScope[S]) -> None:

@@ -93,8 +93,6 @@ class ResponseGate:
 
         is_over: Whether the request has ended.
 
-        has_returned: Whether its late hooks have been run, or are about to.
-
         late_scopes: The scopes in it with hooks that wait for the end of the response.
     """
 
@@ -110,7 +108,6 @@ class ResponseGate:
         "_phase",
         "_raw_receive",
         "_raw_send",
-        "has_returned",
         "is_over",
         "late_scopes",
         "loop",
@@ -139,8 +136,7 @@ class ResponseGate:
         self._lock: asyncio.Lock | None = None
         self.scopes: Sequence[SessionScope[Any]] = ()
         self.is_over = False
-        self.has_returned = False
-        self.late_scopes: list[SessionScope[Any]] = []
+        self.late_scopes: Sequence[SessionScope[Any]] = ()
         self.loop: asyncio.AbstractEventLoop | None = None
         try:  # noqa: SIM105 - a context manager costs as much as the rest of this
             self.loop = get_running_loop()
@@ -178,9 +174,9 @@ class ResponseGate:
 
     def take_late_hooks(self, scope: SessionScope[Any]) -> bool:
         """Run the hooks of *scope* that wait for the response, when the app has returned."""
-        if self.has_returned:
+        if not self.scopes:  # nobody sees to its end, or it is over
             return False
-        self.late_scopes.append(scope)
+        self.late_scopes = [*self.late_scopes, scope]
         return True
 
     # ---------------------------------------------------------------- the request's way
@@ -343,10 +339,8 @@ class ResponseGate:
                 # which the client's next request may be under way already.
                 logger.exception("%s: work after the response was not committed", scope.label)
         self.scopes = ()  # they know the gate: no cycle is left to the garbage collector
-        self.has_returned = True
         for scope in self.late_scopes:
             cancellation = await run_hooks(scope, late=True, is_failing=True) or cancellation
-        self.late_scopes = []
         return cancellation
 
     def _decide_last(self, scope: SessionScope[Any], cause: Cause) -> Ending:

@@ -43,7 +43,9 @@ async def run_hooks(
     if not (due or started):
         return None
     if scope.database.is_sync:
-        operation = anyio.to_thread.run_sync(partial(_call_hooks_here, scope, due))
+        operation = anyio.to_thread.run_sync(
+            partial(_call_hooks_here, scope, due), limiter=scope.database.limiter("hooks")
+        )
     else:
         operation = _call_hooks(scope, due, started)
     try:

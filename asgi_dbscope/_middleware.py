@@ -118,9 +118,9 @@ class DBSessionMiddleware:
         token = set_innermost(gate)
         try:
             result = await self.app(scope, gate.receive, gate.send)
-            return await gate.finish(result, None) if gate.scopes or gate.late_scopes else result
+            return await gate.finish(result, None) if gate.scopes else result
         except BaseException as error:
-            if gate.scopes or gate.late_scopes:
+            if gate.scopes:
                 return await gate.finish(None, error)
             raise
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from math import inf
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import Engine
 from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
@@ -21,6 +21,9 @@ logger = logging.getLogger("asgi_dbscope")
 THREADS = 40
 """Worker threads of an ASGI framework: anyio's default limiter, unless an app changed it."""
 
+ThreadWork = Literal["end", "begin and end", "hooks"]
+"""What a worker thread of ours does: give a connection back; take one first (a flush that COMMIT
+brings with it); or run hooks, which may wait for anything."""
 
 _SHARING = (StaticPool, SingletonThreadPool)
 """Pools that hand out the same connection twice."""

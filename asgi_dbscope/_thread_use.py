@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from asgi_dbscope._hook_runs import run_hooks_here
+from asgi_dbscope._lifecycle import OPEN
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import SessionUse
 from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
+    from asgi_dbscope._pool import ThreadWork
     from asgi_dbscope._scope import SessionScope
 
 logger = logging.getLogger("asgi_dbscope")
@@ -39,12 +41,14 @@ class ThreadUse(SessionUse):
         """Run *function* in a worker thread that no endpoint can occupy.
 
         With the limiter that endpoints share, as many of them as there are threads would wait for
-        connections, and keep the commits that would free them from running.
+        connections, and keep the commits that would free them from running. So would commits that
+        wait for a connection themselves, to flush what was only added.
         """
+        work: ThreadWork = "end" if self.scope.state in OPEN else "begin and end"
         try:
             await anyio.to_thread.run_sync(
                 partial(function, *arguments),
-                limiter=self.scope.database.limiter(),
+                limiter=self.scope.database.limiter(work),
                 abandon_on_cancel=True,
             )
         except asyncio.CancelledError:  # out of grace: the thread goes on, and clears up

@@ -26,6 +26,7 @@ from asgi_dbscope._boundary import (
     conclude,
     end_savepoint,
     end_savepoint_here,
+    ending_before,
     leave_block,
 )
 from asgi_dbscope._completion import redeliver
@@ -349,7 +350,7 @@ class TransactionalBlock(Generic[S]):
     async def _begin(self, entered: _Entered, boundary: Boundary) -> None:
         scope = entered.scope
         if entered.kind is Entry.BEGIN:
-            cancellation = await scope.settle(Ending.COMMIT)  # what autobegan is nobody's
+            cancellation = await scope.settle(ending_before(scope))
             if cancellation is not None:
                 raise cancellation
             begin_block(scope, boundary, self.begin_options(scope))
@@ -419,7 +420,7 @@ class TransactionalBlock(Generic[S]):
         scope, boundary = entered.scope, entered.boundary
         try:
             if entered.kind is Entry.BEGIN and boundary is not None:
-                scope.settle_here(Ending.COMMIT)
+                scope.settle_here(ending_before(scope))
                 begin_block(scope, boundary, self.begin_options(scope))
             elif boundary is not None:
                 begin_savepoint_here(scope, boundary)
