@@ -22,6 +22,7 @@ from asgi_dbscope import (
     DBSessionMiddleware,
     NoSessionScopeError,
     SessionScopeClosedError,
+    SessionScopeMismatchError,
     WebSocketSessionError,
     current_session,
 )
@@ -345,7 +346,10 @@ async def test_factory_of_sessions_in_the_graph_ends_in_a_quick_error(make_engin
         await current_session().execute(sa.text("SELECT 1"))
         await both.wait()
         async with Leftover.session(engine) as session:
-            await session.execute(sa.text("SELECT 1"))
+            try:
+                await session.execute(sa.text("SELECT 1"))
+            finally:
+                await both.wait()  # neither gets the other one's connection
 
     served = DBSessionMiddleware(app, engine=engine)
     exchanges = await asyncio.gather(drive(served), drive(served))
@@ -554,6 +558,56 @@ async def test_singleton_with_the_proxy_has_each_requests_session(keeping, app, 
 
     assert [409 if each % 2 else 200 for each in range(50)] == [each.status for each in exchanges]
     assert list(range(0, 50, 2)) == await rows()
+
+
+@SQLITE
+async def test_session_that_another_request_kept_is_refused_at_once(app, drive, rows):
+    """G1, G12: while its request is open, too, a kept session serves no other one."""
+
+    class Keeping(containers.DeclarativeContainer):
+        items = providers.Singleton(Items, providers.Callable(current_session))
+
+    kept, inside, go_on = Keeping(), asyncio.Event(), asyncio.Event()
+
+    @app.post("/first/request/is/open")
+    async def keep() -> None:
+        kept.items()
+        inside.set()
+        await go_on.wait()
+        raise HTTPException(409)
+
+    @app.post("/kept/items/{item_id}")
+    async def add_by_kept(item_id: int) -> None:
+        kept.items().add(item_id)
+
+    first = asyncio.create_task(drive(app, http_scope("/first/request/is/open", "POST")))
+    await inside.wait()
+    second = await drive(app, http_scope("/kept/items/2", "POST"))
+    go_on.set()
+
+    assert 409 == (await first).status
+    assert 500 == second.status
+    assert isinstance(second.error, SessionScopeMismatchError)
+    assert [] == await rows()
+
+
+@SQLITE
+async def test_proxy_by_itself_may_be_given_to_a_singleton(app, db, drive, rows):
+    """G11: a container copies what it is given, and the copy of a proxy is the proxy."""
+
+    class Keeping(containers.DeclarativeContainer):
+        items = providers.Singleton(Items, db.session_proxy)
+
+    kept = Keeping()
+
+    @app.post("/kept/items/{item_id}")
+    async def add_by_kept(item_id: int) -> None:
+        kept.items().add(item_id)
+
+    exchanges = [await drive(app, http_scope(f"/kept/items/{each}", "POST")) for each in (1, 2)]
+
+    assert [200, 200] == [each.status for each in exchanges]
+    assert [1, 2] == await rows()
 
 
 async def test_marker_on_a_module_is_filled_when_it_is_wired(container):

@@ -241,3 +241,17 @@ async def test_litestar_handler_is_handed_its_graph(db, drive, rows, timeline):
     assert [201, 409] == [each.status for each in exchanges]
     assert [*COMMITTED, "start 201"] == timeline[:5]
     assert [1] == await rows()
+
+
+@SQLITE
+async def test_current_session_is_a_source_by_itself(db):
+    """G11: dishka takes `current_session` as the source of what it returns."""
+    provider = Provider(scope=Scope.REQUEST)
+    provider.provide(current_session)
+    provider.provide_all(Items, Children, PlaceItem)
+    container = make_async_container(provider)
+
+    async with db.session_scope() as session, container() as request:
+        place = await request.get(PlaceItem)
+
+    assert {session} == place.sessions

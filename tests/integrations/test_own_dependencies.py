@@ -262,3 +262,47 @@ async def test_litestar_cache_may_keep_what_has_the_proxy(db, drive, rows):
 
     assert 1 == len(built)
     assert list(range(51)) == await rows()
+
+
+# --------------------------------------------------------------------------------------
+# current_session by itself
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "sync"])
+@SQLITE
+async def test_current_session_is_a_dependency_of_fastapis(sync, app, drive, rows):
+    """G11, G12: `Depends(current_session)` takes nothing from the request: no `?name=`."""
+    session_of_request = Annotated[AsyncSession, Depends(current_session)]
+
+    async def create(session: session_of_request) -> bool:
+        session.add(Item(id=1))
+        return session is current_session()
+
+    def create_in_thread(session: session_of_request) -> bool:
+        session.add(Item(id=1))
+        return session is current_session()
+
+    app.post("/")(create_in_thread if sync else create)
+    exchange = await drive(app, http_scope("/", "POST", query_string=b"name=reports"))
+
+    assert (200, b"true") == (exchange.status, exchange.body)
+    assert "parameters" not in app.openapi()["paths"]["/"]["post"]
+    assert [1] == await rows()
+
+
+@SQLITE
+async def test_current_session_is_a_dependency_of_litestars(db, drive, rows):
+    """G11, G12: `Provide(current_session)` takes nothing from the request: no `?name=`."""
+
+    @post("/")
+    async def create(session: Annotated[AsyncSession, BY_NAME]) -> bool:
+        session.add(Item(id=1))
+        return session is current_session()
+
+    provided = {"session": Provide(current_session, sync_to_thread=False)}
+    app = in_litestar(db, create, dependencies=provided)
+    exchange = await drive(app, http_scope("/", "POST", query_string=b"name=reports"))
+
+    assert (201, b"true") == (exchange.status, exchange.body)
+    assert [1] == await rows()
