@@ -93,6 +93,20 @@ async def test_scope_above_inject_is_no_way_to_say_it(example):
         await example.job()
 
 
+@runs(PAGE, *INJECTOR, "use-case")
+async def test_use_case_joins_a_request_and_is_a_job_by_itself(example, serve, query):
+    """G3, G12: a decorated use case, built once, is part of a request or a transaction itself."""
+    async with serve(example.app) as client:
+        statuses = [
+            (await client.post("/reservations", params={"item": item})).status_code
+            for item in ("tea", "gold")
+        ]
+        await example.reserve_nightly()
+
+    assert [200, 409] == statuses
+    assert ["tea", "nightly"] == query(ORDERS)
+
+
 @runs(PAGE, *INJECTOR, "job", "websocket")
 def test_websocket_has_a_graph_per_message(example, query):
     """G17: each message is committed when it is answered; a graph for all of it is refused."""

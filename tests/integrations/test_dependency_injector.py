@@ -532,6 +532,58 @@ async def test_session_that_a_singleton_kept_is_refused_to_the_next_request(
     assert [1] == await rows()
 
 
+async def test_use_case_that_is_a_transaction_needs_no_scope_around(app, db, drive, rows):
+    """G11, G12: built once with the proxy, it joins a request's transaction, or is one itself."""
+
+    class Placing(PlaceItem):
+        @db.transactional()
+        async def __call__(self, item_id: int, *, of: int | None = None) -> None:
+            await super().__call__(item_id, of=of)
+            if item_id % 2:
+                raise HTTPException(409)
+
+    class Kept(containers.DeclarativeContainer):
+        items = providers.Singleton(Items, db.session_proxy)
+        children = providers.Singleton(Children, db.session_proxy)
+        place = providers.Singleton(Placing, items, children)
+
+    kept = Kept()
+
+    @app.post("/kept/items/{item_id}")
+    async def place_kept(item_id: int) -> None:
+        await kept.place()(item_id)
+        await kept.place()(item_id + 100)
+
+    jobs = (kept.place()(each) for each in range(10))
+    requests = (drive(app, http_scope(f"/kept/items/{each}", "POST")) for each in range(10, 30))
+    ran, exchanges = await asyncio.gather(
+        asyncio.gather(*jobs, return_exceptions=True), asyncio.gather(*requests)
+    )
+
+    assert [type(None), HTTPException] * 5 == [type(each) for each in ran]
+    assert [200, 409] * 10 == [each.status for each in exchanges]
+    assert [*range(0, 30, 2), *range(110, 130, 2)] == await rows()
+
+
+@SQLITE
+async def test_block_of_its_own_is_seen_by_the_proxy_only(app, container, db, drive, rows):
+    """G11: in a REQUIRES_NEW block what was handed in goes on with the request's session."""
+    proxied = Items(db.session_proxy)
+
+    @app.post("/")
+    async def record_attempt() -> None:
+        handed_in = container.items()
+        async with db.transactional("REQUIRES_NEW"):
+            proxied.add(1)
+            container.items().add(2)
+            handed_in.add(3)
+        proxied.add(4)
+        raise HTTPException(409)
+
+    assert 409 == (await drive(app, http_scope("/", "POST"))).status
+    assert [1, 2] == await rows()
+
+
 @pytest.mark.parametrize("keeping", KEEPING, ids=lambda cls: cls.__name__)
 @SQLITE
 async def test_singleton_with_the_proxy_has_each_requests_session(keeping, app, db, drive, rows):
