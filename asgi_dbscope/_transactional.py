@@ -10,7 +10,7 @@ import asyncio
 from contextvars import ContextVar
 from copy import copy
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -72,85 +72,50 @@ class _Entered:
     Attributes:
         block: The block, which may be entered many times at once.
 
-        outer: The entry around this one, in this context.
+        kind: What was done on entering.
 
         scope: The scope that the block's work is done in.
 
-        kind: What was done on entering.
-
-        boundary: What marks its own transaction or savepoint; ``None`` where it has none.
-
         joined: The boundary that it is inside of.
 
-        own: Its own scope, where it has one.
-
-        limit: The timer of an asynchronous block with a timeout.
+        outer: The entry around this one, in this context.
     """
 
-    __slots__ = ("block", "boundary", "joined", "kind", "limit", "outer", "own", "scope", "token")
+    __slots__ = ("block", "joined", "kind", "outer", "scope", "token")
 
-    def __init__(self, block: TransactionalBlock[Any]) -> None:
+    def __init__(
+        self, block: TransactionalBlock[Any], kind: Entry, scope: SessionScope[Any]
+    ) -> None:
         self.block = block
-        self.outer = _innermost.get()
-        self.boundary: Boundary | None = None
+        self.kind = kind
+        self.scope = scope
         self.joined: Boundary | None = None
-        self.own: OwnScope[Any] | None = None
-        self.limit: asyncio.Timeout | None = None
-        database = block.find_database()
-        scope = _current.find_scope(database)
-        self.kind = kind = _decide(block, scope)
-        if kind is Entry.NEW_SCOPE or kind is Entry.AUTOCOMMIT_SCOPE:
-            options = block.own_options(scope, kind)
-            self.own = OwnScope(database, options, block.label)
-            self.scope: SessionScope[Any] = self.own.scope
-        else:
-            assert scope is not None
-            scope.check_open()
-            self.scope = scope
-            self._join(scope)
-        # From here on nothing fails but I/O.
-        self.token: Token[_Entered | None] = _innermost.set(self)
-        block.live.append(self)
-
-    def _join(self, scope: SessionScope[Any]) -> None:
-        if self.kind is Entry.AS_IS:
-            return
+        self.outer = outer = _innermost.get()
         if scope.boundaries:
-            self.joined = scope.boundaries[-1]
-            self._check_inside(self.joined)
-        if self.kind is Entry.BEGIN:
-            check_can_begin(scope)
-            self.boundary = self._make_boundary()
-            return
-        self.block.check_demands(scope)
-        if self.kind is Entry.SAVEPOINT:
-            self.boundary = self._make_boundary()
-        if self.joined is not None:
-            self.joined.inner += 1
+            self._join(scope.boundaries[-1], outer)
+        self.token: Token[_Entered | None] = _innermost.set(self)
+        block.live.add(self)
 
-    def _make_boundary(self) -> Boundary:
-        is_task = not self.scope.database.is_sync
-        return Boundary(self.block.label, asyncio.current_task() if is_task else None)
+    def _join(self, boundary: Boundary, outer: _Entered | None) -> None:
+        """Take part in a block that is open, unless it is another task's.
 
-    def _check_inside(self, boundary: Boundary) -> None:
-        """Refuse to take part in a block of another task, whose end would be this one's.
-
-        Threads are told by the session itself, if they use it at the same time.
+        Its end would be this one's. Threads are told by the session itself, if they use it at the
+        same time.
         """
         task = boundary.task
-        if task is None or task.done() or task is asyncio.current_task():
-            return  # a generator's, driven from another context
-        entered = self.outer
-        while entered is not None:
-            if entered.boundary is boundary:
-                return
-            entered = entered.outer
-        msg = (
-            f"{self.block.label} was entered while another task has {boundary.label} open on the "
-            "same session: what is done here would be rolled back with it. Run one after the "
-            "other, or give this one a session of its own: `async with db.branch():`."
-        )
-        raise ConcurrentSessionUseError(msg)
+        if not (task is None or task.done() or task is asyncio.current_task()):
+            while outer is None or getattr(outer, "boundary", None) is not boundary:
+                if outer is None:
+                    msg = (
+                        f"{self.block.label} was entered while another task has {boundary.label} "
+                        "open on the same session: what is done here would be rolled back with it. "
+                        "Run one after the other, or give this one a session of its own: `async "
+                        "with db.branch():`."
+                    )
+                    raise ConcurrentSessionUseError(msg)
+                outer = outer.outer
+        self.joined = boundary
+        boundary.inner += 1
 
     def leave(self) -> None:
         """It isn't the innermost block any more."""
@@ -159,9 +124,38 @@ class _Entered:
         except ValueError:  # left in another context than entered
             if _innermost.get() is self:
                 _innermost.set(self.outer)
-        self.block.live.remove(self)
+        self.block.live.discard(self)
         if self.joined is not None:
             self.joined.inner -= 1
+
+
+class _Owning(_Entered):
+    """The entry of a block with a scope, a transaction or a savepoint of its own.
+
+    Attributes:
+        boundary: What marks its own transaction or savepoint; ``None`` where it has a scope.
+
+        own: Its own scope, where it has one.
+
+        limit: The timer of an asynchronous block with a timeout.
+    """
+
+    __slots__ = ("boundary", "limit", "own")
+
+    def __init__(
+        self,
+        block: TransactionalBlock[Any],
+        kind: Entry,
+        scope: SessionScope[Any],
+        own: OwnScope[Any] | None,
+    ) -> None:
+        super().__init__(block, kind, scope)
+        self.own = own
+        self.limit: asyncio.Timeout | None = None
+        self.boundary: Boundary | None = None
+        if own is None:
+            task = None if scope.database.is_sync else asyncio.current_task()
+            self.boundary = Boundary(block.label, task)
 
     def ending(self, error: BaseException | None) -> Ending:
         """How the block ends that raised *error*."""
@@ -175,14 +169,6 @@ class _Entered:
         """Whether the block's timeout has passed."""
         deadline = self.scope.deadline
         return self.block.timeout is not None and deadline is not None and monotonic() >= deadline
-
-    def end_without_io(self, error: BaseException | None) -> bool:
-        """End a block that has nothing of its own to end; whether it was one."""
-        if self.own is None and self.boundary is None:
-            if self.kind is Entry.JOIN and error is not None and self.block.rules.rolls_back(error):
-                self.scope.note_failure(error)
-            return True
-        return False
 
     def judge(self, error: BaseException | None) -> tuple[Ending, Exception | None]:
         """How a block with a transaction or savepoint of its own ends, and what it raises then."""
@@ -220,6 +206,7 @@ class TransactionalBlock(Generic[S]):
         "_changes",
         "_database",
         "_name",
+        "demands_something",
         "label",
         "live",
         "propagation",
@@ -248,11 +235,12 @@ class TransactionalBlock(Generic[S]):
             raise ConfigurationError(msg)
         given: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         self._changes = {key: value for key, value in given.items() if value is not None}
+        self.demands_something = bool(self._changes) or self.timeout is not None
         ScopeOptions(**self._changes)
         self._database = database
         self._name = name
         self.label = label or self._default_label
-        self.live: list[_Entered] = []
+        self.live: set[_Entered] = set()
 
     def __repr__(self) -> str:
         return f"<{self.label}>"
@@ -264,7 +252,7 @@ class TransactionalBlock(Generic[S]):
     def __call__(self, function: F) -> F:
         """Decorate a function: each call runs in an entry of its own."""
         block = copy(self)
-        block.live = []
+        block.live = set()
         if self.label == self._default_label:
             named = getattr(function, "__func__", function)
             block.label = f"{getattr(named, '__qualname__', named)}()"
@@ -307,8 +295,6 @@ class TransactionalBlock(Generic[S]):
                 "asyncio.timeout() around what must not take longer."
             )
             raise TransactionMismatchError(msg)
-        if not self._changes:
-            return
         if not scope.has_begun:
             scope.configure(**self._changes)
             scope.shaped_by = self.label
@@ -329,9 +315,11 @@ class TransactionalBlock(Generic[S]):
     # ---------------------------------------------------------------- asynchronous
 
     async def __aenter__(self: TransactionalBlock[AS]) -> AS:
-        check_with(self.find_database(), is_async=True, call=f"{self.label}:")
-        entered = _Entered(self)
+        entered = self._enter(is_async=True)
         scope = entered.scope
+        if not isinstance(entered, _Owning):
+            joined: AS = scope.session
+            return joined
         try:
             if entered.boundary is not None:
                 await self._begin(entered, entered.boundary)
@@ -347,7 +335,7 @@ class TransactionalBlock(Generic[S]):
             raise
         return session
 
-    async def _begin(self, entered: _Entered, boundary: Boundary) -> None:
+    async def _begin(self, entered: _Owning, boundary: Boundary) -> None:
         scope = entered.scope
         if entered.kind is Entry.BEGIN:
             cancellation = await scope.settle(ending_before(scope))
@@ -367,9 +355,8 @@ class TransactionalBlock(Generic[S]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        entered = self._last()
-        entered.leave()
-        if entered.end_without_io(exc):
+        entered = self._leave(exc)
+        if entered is None:
             return
         error, late = exc, None
         if entered.limit is not None:
@@ -387,7 +374,7 @@ class TransactionalBlock(Generic[S]):
         redeliver(cancellation)
 
     async def _end(
-        self, entered: _Entered, error: BaseException | None
+        self, entered: _Owning, error: BaseException | None
     ) -> asyncio.CancelledError | None:
         scope, boundary = entered.scope, entered.boundary
         if entered.own is not None:
@@ -415,9 +402,12 @@ class TransactionalBlock(Generic[S]):
     # ---------------------------------------------------------------- synchronous
 
     def __enter__(self: TransactionalBlock[SS]) -> SS:
-        check_with(self.find_database(), is_async=False, call=f"{self.label}:")
-        entered = _Entered(self)
-        scope, boundary = entered.scope, entered.boundary
+        entered = self._enter(is_async=False)
+        scope = entered.scope
+        if not isinstance(entered, _Owning):
+            joined: SS = scope.session
+            return joined
+        boundary = entered.boundary
         try:
             if entered.kind is Entry.BEGIN and boundary is not None:
                 scope.settle_here(ending_before(scope))
@@ -440,16 +430,15 @@ class TransactionalBlock(Generic[S]):
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        entered = self._last()
-        entered.leave()
-        if entered.end_without_io(exc):
+        entered = self._leave(exc)
+        if entered is None:
             return
         late = entered.timed_out(exc)
         self._end_here(entered, late or exc)
         if late is not None:
             raise late from exc
 
-    def _end_here(self, entered: _Entered, error: BaseException | None) -> None:
+    def _end_here(self, entered: _Owning, error: BaseException | None) -> None:
         scope, boundary = entered.scope, entered.boundary
         if entered.own is not None:
             is_success = entered.ending(error) is Ending.COMMIT
@@ -471,15 +460,68 @@ class TransactionalBlock(Generic[S]):
         if refusal is not None and error is None:
             raise refusal
 
-    def _last(self) -> _Entered:
-        """The entry that ends now: this context's innermost of this block."""
+    # ---------------------------------------------------------------- entries
+
+    def _enter(self, *, is_async: bool) -> _Entered:
+        database = self._database or self.find_database()
+        if database.is_sync is is_async:
+            check_with(database, is_async=is_async, call=f"{self.label}:")
+        scope = _current.find_scope(database)
+        if scope is None or scope.is_websocket:
+            situation = Situation.NO_SCOPE
+        elif scope.is_in_transaction:
+            situation = Situation.IN_TRANSACTION
+        else:
+            situation = Situation.NO_TRANSACTION
+        kind = ENTRIES[self.propagation][situation]
+        if kind is Entry.REFUSE_WITHOUT or kind is Entry.REFUSE_WITHIN:
+            self._refuse(kind, scope)
+        if scope is None or kind is Entry.NEW_SCOPE or kind is Entry.AUTOCOMMIT_SCOPE:
+            own = OwnScope(database, self.own_options(scope, kind), self.label)
+            return _Owning(self, kind, own.scope, own)
+        scope.check_open()
+        if kind is Entry.BEGIN:
+            check_can_begin(scope)
+            return _Owning(self, kind, scope, None)
+        if kind is not Entry.AS_IS and self.demands_something:
+            self.check_demands(scope)
+        if kind is Entry.SAVEPOINT:
+            return _Owning(self, kind, scope, None)
+        return _Entered(self, kind, scope)
+
+    def _refuse(self, kind: Entry, scope: SessionScope[Any] | None) -> NoReturn:
+        if kind is Entry.REFUSE_WITHOUT:
+            msg = (
+                f"{self.label} has propagation='MANDATORY' and there is no transaction to join"
+                f"{'' if scope is None else f' in {scope!r}'}. Call it inside `db.transactional()` "
+                "or `db.session_scope()`, or leave the propagation out."
+            )
+            raise TransactionRequiredError(msg)
+        msg = (
+            f"{self.label} has propagation='NEVER' and there is the transaction of {scope!r}. "
+            "Call it outside of that, or use propagation='NOT_SUPPORTED' to run beside it."
+        )
+        raise TransactionForbiddenError(msg)
+
+    def _leave(self, error: BaseException | None) -> _Owning | None:
+        """Leave the innermost entry of this context; returns it if there is something to end."""
         entered = _innermost.get()
+        if entered is None or entered.block is not self:
+            entered = self._find_entry(entered)
+        entered.leave()
+        if isinstance(entered, _Owning):
+            return entered
+        if error is not None and entered.kind is Entry.JOIN and self.rules.rolls_back(error):
+            entered.scope.note_failure(error)
+        return None
+
+    def _find_entry(self, entered: _Entered | None) -> _Entered:
         while entered is not None:
             if entered.block is self:
                 return entered
             entered = entered.outer
         if len(self.live) == 1:  # left in another context than entered (a fixture's exit)
-            return self.live[0]
+            return next(iter(self.live))
         msg = f"{self.label} was left in a context in which it was not entered."
         raise ConfigurationError(msg)
 
@@ -496,30 +538,6 @@ async def _stop(
     except TimeoutError:
         return True
     return False
-
-
-def _decide(block: TransactionalBlock[Any], scope: SessionScope[Any] | None) -> Entry:
-    if scope is None or scope.is_websocket:
-        situation = Situation.NO_SCOPE
-    elif scope.is_in_transaction:
-        situation = Situation.IN_TRANSACTION
-    else:
-        situation = Situation.NO_TRANSACTION
-    kind = ENTRIES[block.propagation][situation]
-    if kind is Entry.REFUSE_WITHOUT:
-        msg = (
-            f"{block.label} has propagation='MANDATORY' and there is no transaction to join"
-            f"{'' if scope is None else f' in {scope!r}'}. Call it inside `db.transactional()` or "
-            "`db.session_scope()`, or leave the propagation out."
-        )
-        raise TransactionRequiredError(msg)
-    if kind is Entry.REFUSE_WITHIN:
-        msg = (
-            f"{block.label} has propagation='NEVER' and there is the transaction of {scope!r}. "
-            "Call it outside of that, or use propagation='NOT_SUPPORTED' to run beside it."
-        )
-        raise TransactionForbiddenError(msg)
-    return kind
 
 
 def _normal(value: object) -> object:
