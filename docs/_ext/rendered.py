@@ -28,6 +28,7 @@ from asgi_dbscope._policy import (
     commit_unless_error,
     decide_ending,
 )
+from asgi_dbscope._propagation import ENTRIES, Entry, Propagation, Situation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -158,6 +159,51 @@ def policies(_content: Sequence[str] = ()) -> str:
         for words, head in HEADS.items()
     )
     return table(["", *(code(preset.__name__) for preset in presets)], rows)
+
+
+# --------------------------------------------------------------------------------------
+# Transactional blocks
+# --------------------------------------------------------------------------------------
+
+SITUATION_WORDS = {
+    Situation.NO_SCOPE: "no session scope",
+    Situation.NO_TRANSACTION: "a scope without a transaction",
+    Situation.IN_TRANSACTION: "in a transaction",
+}
+"""The heads of the columns."""
+
+ENTRY_WORDS = {
+    Entry.JOIN: "joins",
+    Entry.BEGIN: "begins on the same session",
+    Entry.SAVEPOINT: "savepoint",
+    Entry.NEW_SCOPE: "a scope of its own",
+    Entry.AUTOCOMMIT_SCOPE: "an autocommit scope of its own",
+    Entry.AS_IS: "runs as it is",
+    Entry.REFUSE_WITHOUT: "`TransactionRequiredError`",
+    Entry.REFUSE_WITHIN: "`TransactionForbiddenError`",
+}
+"""What a block does when it is entered."""
+
+
+def propagation(_content: Sequence[str] = ()) -> str:
+    """What a block does where it is entered, for each propagation."""
+    docs = member_docs(Propagation)
+    rows = (
+        [
+            f"{code(each.name)}: {docs[each.name]}",
+            *(ENTRY_WORDS[ENTRIES[each][situation]] for situation in Situation),
+        ]
+        for each in Propagation
+    )
+    return table(["propagation", *SITUATION_WORDS.values()], rows)
+
+
+def situations(_content: Sequence[str] = ()) -> str:
+    """What the columns of the propagations mean."""
+    docs = member_docs(Situation)
+    return table(
+        ["column", "means"], ([SITUATION_WORDS[each], docs[each.name]] for each in Situation)
+    )
 
 
 # --------------------------------------------------------------------------------------
@@ -446,7 +492,9 @@ RENDERERS: Mapping[str, Callable[[Sequence[str]], str]] = {
     "modules": modules,
     "outcomes": outcomes,
     "policies": policies,
+    "propagation": propagation,
     "shown-by": shown_by,
+    "situations": situations,
     "states": states,
     "transitions": transitions,
 }

@@ -12,6 +12,7 @@ import asgi_dbscope
 from asgi_dbscope import ResponseHead, State, commit_on_success, commit_unless_error
 from asgi_dbscope._lifecycle import TRANSITIONS, Event, Outcome
 from asgi_dbscope._policy import Cause, Ending, decide_ending
+from asgi_dbscope._propagation import ENTRIES, Propagation, Situation
 from tests.docs.blocks import ROOT
 
 GUARANTEES = [f"G{number}" for number in range(1, 23)]
@@ -124,6 +125,34 @@ def test_table_of_policies_is_what_they_answer(rendered):
         answers = [commit_unless_error(response), commit_on_success(response)]
         assert ["commit" if each else "roll back" for each in answers] == cells
     assert ResponseHead(404, raised=True) in rendered.HEADS.values()
+
+
+# --------------------------------------------------------------------------------------
+# Transactional blocks
+# --------------------------------------------------------------------------------------
+
+
+def test_table_of_propagations_is_the_code(rendered):
+    """Read back, the rendered table of propagations is the one that blocks are entered by."""
+    _, *rows = rendered.read_table(rendered.propagation())
+    entries = {words: entry for entry, words in rendered.ENTRY_WORDS.items()}
+    read = {
+        Propagation[name.partition(":")[0].strip("`")]: {
+            situation: entries[cell] for situation, cell in zip(Situation, cells, strict=True)
+        }
+        for name, *cells in rows
+    }
+
+    assert ENTRIES == read
+
+
+def test_columns_of_the_propagations_are_explained(rendered):
+    """Each column of the table of propagations has a row that says what it means."""
+    head, *_ = rendered.read_table(rendered.propagation())
+    _, *rows = rendered.read_table(rendered.situations())
+
+    assert head[1:] == [row[0] for row in rows]
+    assert all(row[1] for row in rows)
 
 
 # --------------------------------------------------------------------------------------
