@@ -1,9 +1,15 @@
-"""Your own transactions inside the scope: each does what the page's table says."""
+"""Transactions in code: each block and each call does what the page says."""
 
 import pytest
 from sqlalchemy.exc import InvalidRequestError
 
-from asgi_dbscope import DBSessionMiddleware, RollbackOnlyError
+from asgi_dbscope import (
+    ConfigurationError,
+    DBSessionMiddleware,
+    RollbackOnlyError,
+    TransactionMismatchError,
+    TransactionTimeoutError,
+)
 from tests.docs.blocks import runs
 from tests.fix_asgi import body, start
 from tests.fix_database import Child, Item
@@ -16,7 +22,137 @@ ROLLED_BACK = ["checkout", "begin", "rollback", "checkin"]
 
 
 # --------------------------------------------------------------------------------------
-# The examples
+# The examples: transactional blocks
+# --------------------------------------------------------------------------------------
+
+
+@runs("transactions.md", *APP, "block")
+async def test_blocks_are_committed_together(example, serve, query):
+    """Called from a script, the outer block commits what all of its blocks did."""
+    async with serve(example.app):
+        await example.place_both("tea", "milk")
+
+        assert ["tea", "milk"] == query(ORDERS)
+
+
+@runs("transactions.md", *APP, "block")
+async def test_blocks_are_undone_together(example, serve, query):
+    """An outer block that raises undoes the inner blocks that had ended well."""
+    async with serve(example.app):
+        with pytest.raises(ZeroDivisionError):
+            async with example.db.transactional():
+                await example.place_both("tea", "milk")
+                raise ZeroDivisionError
+
+        assert [] == query(ORDERS)
+
+
+@runs("transactions.md", *APP, "block", "nested")
+async def test_nested_block_is_rolled_back_alone(example, serve, query):
+    """G4: a NESTED block that fails is undone, and what is around it commits."""
+    async with serve(example.app) as client:
+        response = await client.post("/orders/with-nested-extra", params=TEA)
+
+    assert 200 == response.status_code
+    assert ["tea"] == query(ORDERS)
+
+
+@runs("transactions.md", *APP, "joined-failure")
+async def test_swallowed_failure_of_a_joined_block_is_no_success(example, serve, query):
+    """G4: an endpoint that swallows the error of a joined block answers with an error."""
+    async with serve(example.app) as client:
+        response = await client.post("/orders/careless", params=TEA)
+
+    assert 500 == response.status_code
+    assert [] == query(ORDERS)
+
+
+@runs("transactions.md", *APP, "joined-failure")
+async def test_swallowed_failure_of_a_joined_block_is_raised_at_the_end(example, serve, query):
+    """G4: in a script the outer block raises `RollbackOnlyError`, caused by the inner error."""
+    async with serve(example.app):
+        with pytest.raises(RollbackOnlyError) as raised:
+            async with example.db.transactional():
+                await example.careless("tea")
+
+        assert "sold out" == str(raised.value.__cause__)
+        assert [] == query(ORDERS)
+
+
+@runs("transactions.md", *APP, "rules")
+async def test_rules_decide_which_exceptions_roll_back(example, serve, query):
+    """What `no_rollback_for` names is committed, but for what `rollback_for` takes back."""
+    async with serve(example.app):
+        with pytest.raises(example.Refused):
+            await example.charge("old")
+        with pytest.raises(example.Stolen):
+            await example.charge("stolen")
+
+        assert ["tried: old"] == query(ORDERS)
+
+
+@runs("transactions.md", *APP, "block", "demands")
+async def test_block_with_demands_has_them(example, serve):
+    """G20: a block that asks for `read_only` can't write, and one that may write can't join it."""
+    async with serve(example.app):
+        await example.place("tea")
+
+        assert 1 == await example.count_orders()
+        with pytest.raises(TransactionMismatchError, match=r"read_only=True .*read_only=False"):
+            async with example.db.session_scope() as session:
+                await session.get(example.Order, 1)
+                async with example.db.transactional(read_only=True):
+                    raise AssertionError
+
+
+@runs("transactions.md", *APP, "timeout")
+async def test_block_that_takes_too_long_is_rolled_back(example, serve, query):
+    """A block is cancelled after its timeout, and raises an error that is a `TimeoutError` too."""
+    async with serve(example.app):
+        with pytest.raises(TransactionTimeoutError, match=r"slow\(\) took longer") as raised:
+            await example.slow()
+
+        assert isinstance(raised.value, TimeoutError)
+        assert [] == query(ORDERS)
+
+
+@runs("transactions.md", *APP, "block", "dry-run")
+async def test_dry_run_rolls_back_its_block_only(example, serve, query):
+    """G4: `set_rollback_only()` in a NESTED block undoes that block quietly."""
+    async with serve(example.app) as client:
+        response = await client.post("/orders/preview", params=TEA)
+
+    assert {"would_be": 1} == response.json()
+    assert [] == query(ORDERS)
+
+
+@runs("transactions.md", *APP)
+async def test_release_inside_a_block_is_refused(example, serve):
+    """`release()` doesn't commit half of a block that has a transaction of its own."""
+    async with (
+        serve(example.app),
+        example.db.session_scope(mode="autocommit"),
+        example.db.transactional(label="billing"),
+    ):
+        with pytest.raises(ConfigurationError, match=r"release\(\) would commit billing"):
+            await example.db.release()
+
+
+@runs("transactions.md", *APP)
+async def test_manual_changes_are_not_committed_by_a_block(example, serve, query):
+    """In mode manual a block refuses to begin over changes that nobody has committed."""
+    async with serve(example.app), example.db.session_scope(mode="manual") as session:
+        session.add(example.Order(item="tea"))
+        with pytest.raises(ConfigurationError, match="open changes"):
+            async with example.db.transactional():
+                raise AssertionError
+        session.expunge_all()
+
+    assert [] == query(ORDERS)
+
+
+# --------------------------------------------------------------------------------------
+# The examples: SQLAlchemy's own calls
 # --------------------------------------------------------------------------------------
 
 
