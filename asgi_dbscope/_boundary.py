@@ -110,7 +110,7 @@ def conclude(
         msg = (
             f"{boundary.label} ends while a block that joined it is open in another task. It "
             "was rolled back. Await child tasks inside the block, or give them a session of "
-            "their own: `async with db.branch():`."
+            "their own."
         )
         return Ending.ROLLBACK, ConcurrentSessionUseError(msg)
     savepoint, agenda = boundary.savepoint, scope.agenda

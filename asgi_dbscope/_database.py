@@ -147,6 +147,7 @@ class Database(Generic[S]):
             source = self.owned_engine = make_engine(source)
         self.session_factory: Any = reporting_factory(source)
         self.is_sync = isinstance(self.session_factory, sessionmaker)
+        self.with_ = "with" if self.is_sync else "async with"
         self._shaped_engines: dict[tuple[Engine, tuple[tuple[str, Any], ...]], Engine] = {}
         bind = self.session_factory.kw.get("bind")
         dialect = getattr(bind, "dialect", None)

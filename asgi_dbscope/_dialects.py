@@ -96,7 +96,7 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
     """
     if connection.dialect.name != "postgresql":
         return
-    milliseconds = max(1, round(seconds * 1000))
+    milliseconds = min(max(1, round(seconds * 1000)), 2**31 - 1)  # the setting's own limits
     connection.exec_driver_sql(
         f"SELECT set_config('statement_timeout', '{milliseconds}', true), "
         f"set_config('idle_in_transaction_session_timeout', '{milliseconds}', true)"

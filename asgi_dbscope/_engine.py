@@ -152,12 +152,13 @@ def refuse_if_aborted(connection: Connection) -> None:
     if not is_aborted:
         _errors.pop(connection, None)
         return
+    scope = _scopes[connection][-1]
     msg = (
-        f"{_scopes[connection][-1]!r} can't commit: the database aborted this transaction at an "
+        f"{scope!r} can't commit: the database aborted this transaction at an "
         f"earlier error ({type(error).__name__}: {error}), which the code caught and went on from. "
         "Nothing of the transaction is kept. Let the error propagate; or, where it is expected, "
-        "wrap the statement in `async with session.begin_nested():` so that only this part is "
-        "rolled back; or call `await session.rollback()` and begin again."
+        f"wrap the statement in `{scope.database.with_} session.begin_nested():` so that only this "
+        "part is rolled back; or call session.rollback() and begin again."
     )
     raise TransactionAbortedError(msg) from error
 

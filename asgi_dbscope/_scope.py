@@ -92,6 +92,8 @@ class SessionScope(Lifecycle, Generic[S]):
         gate: The request that it serves, if it serves one.
 
         shaped_by: The block that made it read-only, or gave it its isolation level, by joining.
+
+        demands: The options that such a block has named.
     """
 
     __slots__ = (
@@ -103,6 +105,7 @@ class SessionScope(Lifecycle, Generic[S]):
         "boundaries",
         "database",
         "deadline",
+        "demands",
         "gate",
         "holder",
         "loop",
@@ -138,6 +141,7 @@ class SessionScope(Lifecycle, Generic[S]):
         self.deadline: float | None = None
         self.holder: SessionScope[Any] | None = None
         self.shaped_by: str | None = None
+        self.demands: frozenset[str] = frozenset()
         if gate is not None:
             self.loop = gate.loop
         else:
@@ -284,8 +288,8 @@ class SessionScope(Lifecycle, Generic[S]):
         """Say what a task that outlives its request has to do."""
         msg = (
             f"{self!r} has ended, and its session with it. A task that outlives its request needs "
-            "a scope of its own: `async with db.session_scope() as session:`. An object that is "
-            "built once (a container's Singleton) needs `db.session_proxy`."
+            f"a scope of its own: `{self.database.with_} db.session_scope() as session:`. An "
+            "object that is built once (a container's Singleton) needs `db.session_proxy`."
         )
         raise SessionScopeClosedError(msg)
 
@@ -589,8 +593,8 @@ class SessionScope(Lifecycle, Generic[S]):
         if ending is Ending.COMMIT:
             msg = (
                 f"The session of {self!r} was closed by hand (session.close(), or the end of "
-                "`async with session:`) with changes that nobody had committed, and they were "
-                "rolled back. Leave closing to the scope, or commit before."
+                f"`{self.database.with_} session:`) with changes that nobody had committed, and "
+                "they were rolled back. Leave closing to the scope, or commit before."
             )
             raise SessionScopeClosedError(msg)
 
@@ -620,8 +624,9 @@ class SessionScope(Lifecycle, Generic[S]):
         if self.is_websocket:
             msg = (
                 f"{self!r}: a websocket's session is open for one message at a time, so that it "
-                "holds no connection in between. Use `async with db.session_scope() as session:`, "
-                "and give it what is for this message: mode=, read_only=, isolation_level=."
+                f"holds no connection in between. Use `{self.database.with_} db.session_scope() as "
+                "session:`, and give it what is for this message: mode=, read_only=, "
+                "isolation_level=."
             )
             raise WebSocketSessionError(msg)
 

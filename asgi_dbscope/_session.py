@@ -293,9 +293,10 @@ def _leave_autocommit(session: Session, *, nested: bool) -> None:
     transaction = session.get_transaction()
     is_real = transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN
     if nested and not is_real:
+        with_ = session.use.scope.database.with_  # type: ignore[attr-defined]
         msg = (
             "begin_nested() needs a transaction to set a savepoint in, and mode='autocommit' has "
-            "none. Begin one first: `async with session.begin(): ...`."
+            f"none. Begin one first: `{with_} session.begin(): ...`, or a transactional block."
         )
         raise ConfigurationError(msg)
     if transaction is not None and not is_real:

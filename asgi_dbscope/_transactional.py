@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from contextvars import ContextVar
 from copy import copy
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -291,18 +292,14 @@ class TransactionalBlock(Generic[S]):
             msg = (
                 f"{self.label} demands timeout={self.timeout} and joins the transaction of "
                 f"{scope!r}, which isn't its own to end. Use propagation='REQUIRES_NEW', "
-                "mode='autocommit' (there the outermost block is the transaction), or "
-                "asyncio.timeout() around what must not take longer."
+                "or mode='autocommit' (there the outermost block is the transaction)."
             )
             raise TransactionMismatchError(msg)
-        if not scope.has_begun:
-            scope.configure(**self._changes)
-            scope.shaped_by = self.label
-            return
         shape = scope.shape
         for name, wanted in self._changes.items():
             has = getattr(shape, name)
-            if _normal(has) != _normal(wanted):
+            is_free = not (scope.has_begun or has or name in scope.demands)
+            if not is_free and _normal(has) != _normal(wanted):
                 msg = (
                     f"{self.label} demands {name}={wanted!r} and joins the transaction of "
                     f"{scope!r}, which has {name}={has!r}. Begin it that way, "
@@ -311,6 +308,10 @@ class TransactionalBlock(Generic[S]):
                     "the outermost block is the transaction."
                 )
                 raise TransactionMismatchError(msg)
+        if not scope.has_begun:
+            scope.configure(**self._changes)
+            scope.shaped_by = self.label
+            scope.demands |= self._changes.keys()
 
     # ---------------------------------------------------------------- asynchronous
 
@@ -548,7 +549,7 @@ def _check_timeout(timeout: Any) -> float | None:
     if timeout is None:
         return None
     is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if not (is_number and timeout > 0):
+    if not (is_number and 0 < timeout < inf):
         msg = f"timeout must be a number of seconds above 0; got {timeout!r}."
         raise ConfigurationError(msg)
     return float(timeout)

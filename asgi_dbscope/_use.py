@@ -167,10 +167,11 @@ class SessionUse:
         if gate is not None and get_innermost() is not gate:
             self._check_request(gate)
         if self.is_closed:
+            release = "db.release()" if scope.database.is_sync else "await db.release()"
             msg = (
                 f"The session of {scope!r} was closed by hand (session.close(), or the end of "
-                "`async with session:`), or its connection had to be thrown away. The scope "
-                "closes it by itself; to give the connection back early use `await db.release()`."
+                f"`{scope.database.with_} session:`), or its connection had to be thrown away. The "
+                f"scope closes it by itself; to give the connection back early use `{release}`."
             )
             raise SessionScopeClosedError(msg)
         if scope.options.stream == "error" and scope.is_in_body:
@@ -222,9 +223,14 @@ class SessionUse:
 
     def concurrent_message(self, inside: str, entering: str) -> str:
         """What to tell a user who shares one session between two."""
+        own = (
+            "`with db.session_scope() as session:`"
+            if self.scope.database.is_sync
+            else "`async with db.branch() as session:`, `await db.gather(...)`"
+        )
         return (
             f"{self.scope!r}: {entering} uses the session while {inside} is inside it. A session, "
-            "like its connection, does one thing at a time. Await one after the other; or give "
-            "each a session of its own (`async with db.branch() as session:`, `await "
-            "db.gather(...)`); or let them queue with Database(..., concurrency='serialize')."
+            "like its connection, does one thing at a time. Do one after the other; or give each a "
+            f"session of its own ({own}); or let them queue with Database(..., "
+            "concurrency='serialize')."
         )
