@@ -1,7 +1,10 @@
 """Pytest plugin: engines on a small schema, and what the database saw, as a timeline."""
 
+import contextlib
+import functools
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +65,24 @@ def timeline() -> Timeline:
     return Timeline()
 
 
+@pytest.fixture(scope="session")
+def postgres_schema(postgres_url: str) -> Iterator[sa.Engine]:
+    """An engine of its own that looks at the worker's PostgreSQL database; the schema is there."""
+    url = sa.make_url(postgres_url).set(drivername="postgresql+psycopg")
+    observer = sa.create_engine(url, pool_size=1, isolation_level="AUTOCOMMIT")
+    Base.metadata.create_all(observer)
+    yield observer
+    observer.dispose()
+
+
 @pytest.fixture
 def make_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., AsyncEngine]:
     """Make an engine for a driver; its schema is there, and empty."""
 
-    def make(driver: str, **options: Any) -> AsyncEngine:
+    def make(driver: str, *, file: str = "test.db", **options: Any) -> AsyncEngine:
         if driver == "sqlite":
-            return _make_sqlite(tmp_path / "test.db", **options)
-        url = sa.make_url(request.getfixturevalue("postgres_url"))
+            return _make_sqlite(tmp_path / file, **options)
+        url = request.getfixturevalue("postgres_schema").url
         return create_async_engine(
             url.set(drivername=f"postgresql+{driver}"),
             **{"pool_size": 5, "max_overflow": 5, "pool_timeout": 10, **options},
@@ -79,21 +92,37 @@ def make_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...,
 
 
 def _make_sqlite(path: Path, **options: Any) -> AsyncEngine:
-    engine = create_async_engine(
+    if not path.exists():
+        path.write_bytes(_empty_sqlite())
+    connect_args = {"timeout": 10, "factory": _SQLite, **options.pop("connect_args", {})}
+    return create_async_engine(
         f"sqlite+aiosqlite:///{path}",
-        **{"pool_size": 5, "max_overflow": 5, "connect_args": {"timeout": 10}, **options},
+        **{"pool_size": 5, "max_overflow": 5, **options},
+        connect_args=connect_args,
     )
 
-    @sa.event.listens_for(engine.sync_engine, "connect")
-    def enforce_foreign_keys(connection: Any, record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA foreign_keys = ON")
-        cursor.close()
 
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA journal_mode = WAL")
-    connection.close()
-    return engine
+class _SQLite(sqlite3.Connection):
+    """A connection that keeps to foreign keys, and leaves it to the system when it writes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.execute("PRAGMA foreign_keys = ON")
+        self.execute("PRAGMA synchronous = OFF")
+
+
+@functools.cache
+def _empty_sqlite() -> bytes:
+    """The bytes of a file with the schema, in WAL mode; to copy it costs less than to make it."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "empty.db"
+        engine = sa.create_engine(f"sqlite:///{path}")
+        with engine.connect() as connection:
+            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            Base.metadata.create_all(connection)
+            connection.commit()
+        engine.dispose()
+        return path.read_bytes()
 
 
 @pytest.fixture(params=DRIVERS)
@@ -102,34 +131,38 @@ async def engine(
 ) -> AsyncIterator[AsyncEngine]:
     """An engine on an empty schema; another driver by indirect parametrization."""
     engine = make_engine(request.param)
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    async with engine.connect():
+        pass  # the pool has a connection, as it has in an app that runs
     timeline.watch(engine)
     timeline.clear()
     yield engine
     timeline.clear()
     leaked = engine.pool.checkedout()  # type: ignore[attr-defined]
-    async with engine.begin() as connection:
-        for table in reversed(Base.metadata.sorted_tables):
-            await connection.execute(table.delete())
+    if engine.dialect.name == "postgresql":
+        async with engine.begin() as connection:
+            for table in reversed(Base.metadata.sorted_tables):
+                await connection.execute(table.delete())
     await engine.dispose()
     assert 0 == leaked, "a connection was not given back"
 
 
 @pytest.fixture
 def db(engine: AsyncEngine) -> Database[Any]:
-    """A database over the engine; a clean-up may take two seconds."""
-    return Database(engine, cleanup_timeout=2.0)
+    """A database over the engine."""
+    return Database(engine)
 
 
 @pytest.fixture
-def rows(engine: AsyncEngine) -> Callable[[], Awaitable[list[int]]]:
+def rows(request: pytest.FixtureRequest, engine: AsyncEngine) -> Callable[[], Awaitable[list[int]]]:
     """What is committed: the ids of the items, by a connection of its own."""
+    is_sqlite = engine.dialect.name == "sqlite"
+    observer = None if is_sqlite else request.getfixturevalue("postgres_schema")
 
     async def ids() -> list[int]:
-        other = create_async_engine(engine.url, poolclass=sa.NullPool)
-        async with other.connect() as connection:
-            found = await connection.scalars(sa.select(Item.id).order_by(Item.id))
-            return list(found)
+        if observer is None:
+            with contextlib.closing(sqlite3.connect(str(engine.url.database))) as connection:
+                return [each for (each,) in connection.execute("SELECT id FROM item ORDER BY id")]
+        with observer.connect() as connection:
+            return list(connection.scalars(sa.select(Item.id).order_by(Item.id)))
 
     return ids

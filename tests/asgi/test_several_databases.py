@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from asgi_dbscope import (
     AmbiguousDatabaseError,
@@ -16,37 +16,30 @@ from asgi_dbscope import (
     current_session,
 )
 from tests.fix_asgi import body, start
-from tests.fix_database import Base, Child, Item
+from tests.fix_database import Child, Item
 
 BOTH_COMMITTED = ["first begin", "second begin", "first commit", "second commit"]
 
 
 @pytest.fixture
-async def second_engine(tmp_path):
+async def second_engine(make_engine):
     """A second database, on SQLite, with the same schema."""
-    engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path / 'second.db'}")
-
-    @sa.event.listens_for(engine.sync_engine, "connect")
-    def enforce_foreign_keys(connection, record):
-        connection.cursor().execute("PRAGMA foreign_keys = ON")
-
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+    engine = make_engine("sqlite", file="second.db")
     yield engine
-    assert 0 == engine.pool.checkedout()  # type: ignore[attr-defined]
+    assert 0 == engine.pool.checkedout()
     await engine.dispose()
 
 
 @pytest.fixture
 def first(engine):
     """The first database, under the name of default."""
-    return Database(engine, cleanup_timeout=2.0)
+    return Database(engine)
 
 
 @pytest.fixture
 def second(second_engine):
     """The second database."""
-    return Database(second_engine, name="second", cleanup_timeout=2.0)
+    return Database(second_engine, name="second")
 
 
 @pytest.fixture

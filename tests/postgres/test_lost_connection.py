@@ -88,7 +88,7 @@ async def proxy(engine: AsyncEngine) -> AsyncIterator[Proxy]:
 async def db(proxy: Proxy) -> AsyncIterator[Database[Any]]:
     """A database that is reached by the proxy."""
     engine = create_async_engine(proxy.url)
-    yield Database(engine, cleanup_timeout=2.0)
+    yield Database(engine)
     assert 0 == engine.pool.checkedout()  # type: ignore[attr-defined]
     await engine.dispose()
 
