@@ -1,5 +1,7 @@
 """Plugins by subject; there are no fixtures here."""
 
+from hypothesis import HealthCheck, settings
+
 pytest_plugins = [
     "tests.fix_postgres",
     "tests.fix_database",
@@ -8,3 +10,12 @@ pytest_plugins = [
     "tests.fix_frameworks",
     "tests.fix_server",
 ]
+
+# A busy machine is no bug.
+settings.register_profile(
+    "patient",
+    settings.get_profile(settings.get_current_profile_name()),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("patient")

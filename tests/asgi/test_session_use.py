@@ -18,6 +18,8 @@ from asgi_dbscope import (
 from tests.fix_asgi import body, start
 from tests.fix_database import Item
 
+LOCK = 4713
+
 
 async def test_operation_outside_of_any_loop_is_told(db):
     """G9: the synchronous session in a worker thread has no loop to wait in."""
@@ -87,7 +89,7 @@ async def test_connection_that_cannot_be_thrown_away_is_left_to_the_last_one_out
         session = db.session
         await session.execute(sa.insert(Item).values(id=1))
         begun.set()
-        await session.execute(sa.select(sa.func.pg_sleep(0.5)))
+        await session.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
 
     async def app(scope, receive, send):
         tasks.append(asyncio.create_task(child()))
@@ -99,7 +101,10 @@ async def test_connection_that_cannot_be_thrown_away_is_left_to_the_last_one_out
         finally:
             outcomes.append(session_scope.outcome)
 
-    await drive(DBSessionMiddleware(app, database=db))
+    async with engine.connect() as holder:  # whom the child waits for
+        await holder.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
+        await drive(DBSessionMiddleware(app, database=db))
+        assert not tasks[0].done()
     await asyncio.gather(*tasks, return_exceptions=True)
 
     assert Outcome.COMMITTED not in outcomes

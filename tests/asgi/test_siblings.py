@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from asgi_dbscope import Database, DBSessionMiddleware
 from asgi_dbscope.errors import ConcurrentSessionUseError, SessionScopeClosedError
 from tests.fix_asgi import body, start
+from tests.fix_cancel import ENOUGH
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
@@ -132,7 +133,7 @@ async def test_sibling_that_outlives_the_deadline_is_cut_off(engine, drive, rows
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
     assert isinstance(exchange.error, BranchError)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         [outcome] = await asyncio.gather(*siblings, return_exceptions=True)
     assert isinstance(outcome, Exception)
     await assert_pool_is_intact(engine, in_use=1)
@@ -346,7 +347,7 @@ async def test_task_that_holds_up_the_head_too_long_makes_it_an_error(engine, dr
         await respond(send)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(ENOUGH):
         [outcome] = await asyncio.gather(*forgotten, return_exceptions=True)
 
     assert isinstance(exchange.error, ConcurrentSessionUseError)

@@ -28,6 +28,10 @@ class Operation:
         self.happened: list[str] = []
         self._error = error
 
+    def end_after(self, seconds: float) -> None:
+        """Let it end then: after every shorter timeout that runs already, on a busy machine too."""
+        asyncio.get_running_loop().call_later(seconds, self.may_end.set)
+
     async def run(self) -> None:
         """Wait, then end."""
         self.is_running.set()
@@ -413,9 +417,9 @@ async def test_cancel_scope_says_so_once():
 async def test_move_on_after_waits_for_the_operation():
     """G10: `anyio.move_on_after` ends its block after the operation, not in it."""
     operation = Operation()
-    asyncio.get_running_loop().call_later(0.03, operation.may_end.set)
 
     with anyio.move_on_after(0.01) as scope:
+        operation.end_after(0.03)
         await run_to_completion(operation.run(), grace=GRACE)
         await anyio.lowlevel.checkpoint()
 
@@ -436,10 +440,10 @@ async def no_stray_cancellation() -> None:
 async def test_timeout_is_raised_where_its_block_ends(how):
     """G10: `asyncio.timeout()` that ran out in the operation is a TimeoutError, and only that."""
     operation = Operation()
-    asyncio.get_running_loop().call_later(0.03, operation.may_end.set)
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
+            operation.end_after(0.03)
             cancellation = await run_to_completion(operation.run(), grace=GRACE)
             assert cancellation is not None
             if how == "raise":
@@ -454,10 +458,10 @@ async def test_timeout_is_raised_where_its_block_ends(how):
 async def test_timeout_whose_block_ends_without_another_wait_is_not_left_behind():
     """G10: A timeout that ran out, in a block that ends without waiting, hits nobody later."""
     operation = Operation()
-    asyncio.get_running_loop().call_later(0.03, operation.may_end.set)
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
+            operation.end_after(0.03)
             cancellation = await run_to_completion(operation.run(), grace=GRACE)
             assert cancellation is not None
             redeliver(cancellation)
@@ -469,11 +473,11 @@ async def test_timeout_whose_block_ends_without_another_wait_is_not_left_behind(
 async def test_timeout_whose_block_returns_hits_nobody_later():
     """G10: A block that returned its answer in spite of a timeout leaves no request behind."""
     operation = Operation()
-    asyncio.get_running_loop().call_later(0.03, operation.may_end.set)
     timeout = asyncio.timeout(0.01)
 
     async def answer() -> str:
         async with timeout:
+            operation.end_after(0.03)
             redeliver(await run_to_completion(operation.run(), grace=GRACE))
             return "answer"
 
@@ -490,10 +494,10 @@ async def test_timeout_whose_block_returns_hits_nobody_later():
 async def test_error_in_a_timeout_that_ran_out():
     """G2, G10: An operation that raises after the timeout ran out: its error, and nothing later."""
     operation = Operation(LookupError())
-    asyncio.get_running_loop().call_later(0.03, operation.may_end.set)
 
     with pytest.raises(LookupError):
         async with asyncio.timeout(0.01):
+            operation.end_after(0.03)
             await run_to_completion(operation.run(), grace=GRACE)
 
     assert ["ended"] == operation.happened
@@ -503,13 +507,13 @@ async def test_error_in_a_timeout_that_ran_out():
 async def test_nested_timeouts_both_ran_out():
     """G10: Two timeouts that ran out in one operation: the outer one is raised, as without us."""
     operation = Operation()
-    asyncio.get_running_loop().call_later(0.03, operation.may_end.set)
     seen = []
 
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.01):
             try:
                 async with asyncio.timeout(0.005):
+                    operation.end_after(0.03)
                     redeliver(await run_to_completion(operation.run(), grace=GRACE))
                     await asyncio.Event().wait()
             except TimeoutError:
