@@ -75,7 +75,11 @@ async def test_raised_error_leaves_no_row(db, uvicorn, rows):
 # --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/large", "/large-stream"])
+@pytest.mark.parametrize(
+    ("path", "engine"),
+    [("/large", "sqlite"), ("/large-stream", "asyncpg")],
+    indirect=["engine"],
+)
 async def test_client_that_does_not_read_holds_no_connection(path, engine, db, uvicorn, rows):
     """G6: while sixteen megabytes wait for their reader the pool is complete."""
     app, events = ledger(db)
@@ -183,7 +187,7 @@ async def test_connection_lives_on_after_a_failed_background_commit(db, uvicorn,
 
 
 @pytest.mark.parametrize("engine", ["sqlite", "asyncpg", "psycopg"], indirect=True)
-async def test_burst_of_requests_on_a_small_pool(engine, make_engine, uvicorn):
+async def test_burst_of_requests_on_a_small_pool(engine, make_engine):
     """G12, G14: two hundred connections at once on a pool of five: each row once, none lost."""
     driver = engine.url.get_driver_name().replace("aiosqlite", "sqlite")
     small = make_engine(driver, pool_size=5, max_overflow=0, pool_timeout=PATIENCE)
@@ -194,7 +198,7 @@ async def test_burst_of_requests_on_a_small_pool(engine, make_engine, uvicorn):
         async with connect(port) as client:
             return (await client.request("POST", f"/items/{item_id}"))[0]
 
-    async with uvicorn(app) as port:
+    async with serve_uvicorn(app) as port:
         statuses = await asyncio.gather(*(create(port, each) for each in range(200)))
         assert 0 == small.pool.checkedout()
     async with db.session_scope() as session:
