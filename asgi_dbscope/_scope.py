@@ -502,6 +502,8 @@ class SessionScope(Lifecycle, Generic[S]):
         session, use = self.sync_session, self.use
         if use is not None and use.has_lost:
             self._tell_of_loss(use, ending)
+        if use is not None and use.is_abandoned:
+            return False  # whoever still has the connection throws it away
         return session is not None and session.in_transaction()
 
     def in_use(self) -> tuple[Session, SessionUse]:

@@ -234,10 +234,15 @@ _READS = frozenset({"SELECT", "VALUES", "EXPLAI", "PRAGMA"})
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.use is not None:
-            self.use.check_registration()
-            self.use.has_written = True
-        return method(self, *args, **kwargs)
+        use: SessionUse | None = self.use
+        if use is None:
+            return method(self, *args, **kwargs)
+        user = use.enter_registration()
+        try:
+            use.has_written = True
+            return method(self, *args, **kwargs)
+        finally:
+            use.leave(user, self)
 
     return checked
 
@@ -258,6 +263,12 @@ def _explain(use: SessionUse, error: BaseException) -> None:
             f"asgi_dbscope: {scope.label} got no connection to the database {scope.database.name!r}"
             "; no transaction was begun."
         )
+        if scope.database.is_sync and isinstance(error, PoolTimeoutError):
+            error.add_note(
+                "asgi_dbscope: requests that hold a connection may wait for a worker thread, and "
+                "the threads for connections: give the framework's thread limiter more places than "
+                "requests run at once, or let one `def` function use the session per request."
+            )
         if scope.holder is not None:
             error.add_note(scope.database.second_connections.explain(scope))
 

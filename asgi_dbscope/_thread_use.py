@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from functools import partial
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
 from asgi_dbscope._hook_runs import run_hooks_here
-from asgi_dbscope._lifecycle import OPEN
+from asgi_dbscope._lifecycle import OPEN, Event, State
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import SessionUse
-from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
+from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
+    EventLoopMismatchError,
+    IllegalTransitionError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,20 +48,32 @@ class ThreadUse(SessionUse):
         connections, and keep the commits that would free them from running. So would commits that
         wait for a connection themselves, to flush what was only added.
         """
+        has_begun = threading.Event()
+
+        def begin() -> None:
+            has_begun.set()
+            function(*arguments)
+
         work: ThreadWork = "end" if self.scope.state in OPEN else "begin and end"
         try:
             await anyio.to_thread.run_sync(
-                partial(function, *arguments),
+                begin,
                 limiter=self.scope.database.limiter(work),
                 abandon_on_cancel=True,
             )
         except asyncio.CancelledError:  # out of grace: the thread goes on, and clears up
-            self.is_abandoned = self.is_closed = True
+            self.is_abandoned = self.is_closed = has_begun.is_set()
+            if self.is_abandoned and self.scope.state is State.COMMITTING:
+                with suppress(IllegalTransitionError):  # the answer has come in this very moment
+                    self.scope.advance(Event.ANSWER_LOST)
             raise
 
-    def check_place(self) -> threading.Thread:
+    def _is_on_loop(self) -> bool:
         loop = self.scope.request_loop
-        if loop is not None and asyncio._get_running_loop() is loop:  # noqa: SLF001 - public, for those who ask often
+        return loop is not None and asyncio._get_running_loop() is loop  # noqa: SLF001 - public, for those who ask often
+
+    def check_place(self) -> threading.Thread:
+        if self._is_on_loop():
             msg = (
                 f"The synchronous session of {self.scope!r} was used on the event loop, where its "
                 "I/O would hold up every other request. Use it in a `def` endpoint or in `await "
@@ -85,6 +101,13 @@ class ThreadUse(SessionUse):
             self.scope.expect_connection()
             self.user = thread
         return thread
+
+    def enter_registration(self) -> threading.Thread | None:
+        # Not while another thread flushes: SQLAlchemy would lose the object.
+        if self._is_on_loop():
+            self.check_registration()
+            return None
+        return self.enter()
 
     def leave(self, user: object, session: Session) -> None:
         if user is None:

@@ -124,6 +124,11 @@ class SessionUse:
         """
         raise NotImplementedError
 
+    def enter_registration(self) -> object:
+        """An object is about to be added or deleted, without I/O; see :meth:`enter`."""
+        self.check_registration()
+        return None
+
     def leave(self, user: object, session: Session) -> None:
         """An operation has ended; clear up what the last one out was told to."""
         raise NotImplementedError

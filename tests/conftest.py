@@ -9,6 +9,7 @@ pytest_plugins = [
     "tests.fix_leaks",
     "tests.fix_frameworks",
     "tests.fix_server",
+    "tests.fix_sync",
 ]
 
 # A busy machine is no bug.
