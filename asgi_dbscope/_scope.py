@@ -639,7 +639,7 @@ class SessionScope(Lifecycle, Generic[S]):
                 session = self.database.session_factory()
                 use: SessionUse
                 if isinstance(session, AsyncSession):
-                    use = TaskUse(self, session)
+                    use = TaskUse(self)
                     sync_session: Any = session.sync_session
                 else:
                     use = ThreadUse(self)

@@ -37,11 +37,10 @@ _ending: ContextVar[TaskUse | None] = ContextVar("asgi_dbscope_ending", default=
 class TaskUse(SessionUse):
     """The use of an asynchronous session, whose class may have verbs of its own."""
 
-    __slots__ = ("_becomes_free", "_session", "_turns")
+    __slots__ = ("_becomes_free", "_turns")
 
-    def __init__(self, scope: SessionScope[Any], session: AsyncSession) -> None:
+    def __init__(self, scope: SessionScope[Any]) -> None:
         super().__init__(scope)
-        self._session = session
         self._becomes_free: asyncio.Future[None] | None = None
         is_serial = scope.database.concurrency == "serialize"
         self._turns = asyncio.Lock() if is_serial else None
@@ -149,16 +148,16 @@ class TaskUse(SessionUse):
         return True
 
     def roll_back(self, session: Session, timeout: float) -> None:  # noqa: ARG002 - its own verb
-        await_only(_in_time(self._session.rollback(), timeout))
+        await_only(_in_time(self.scope.session.rollback(), timeout))
 
     def commit(self, session: Session) -> None:
-        if type(self._session).commit is AsyncSession.commit:
+        if type(self.scope.session).commit is AsyncSession.commit:
             session.commit()  # the same, by a shorter way
         else:
-            await_only(self._session.commit())
+            await_only(self.scope.session.commit())
 
     def invalidate(self, session: Session) -> None:  # noqa: ARG002 - its own verb
-        await_only(self._session.invalidate())
+        await_only(self.scope.session.invalidate())
 
     def run_hooks(self) -> None:
         redeliver(await_only(run_hooks(self.scope)))
