@@ -1,4 +1,4 @@
-"""The benchmark runs, and what it counts exactly is as it should be."""
+"""The benchmarks run, and what they count exactly is as it should be."""
 
 import json
 import subprocess
@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "overhead.py"
+BENCH = Path(__file__).parents[2] / "bench"
 QUARTILES = 3
 
 
 @pytest.fixture
 def bench(tmp_path):
-    """Run the benchmark on an SQLite file; return what it wrote."""
+    """Run a benchmark on an SQLite file; return what it wrote."""
 
-    def bench(*options: str) -> tuple[dict[str, Any], str]:
+    def bench(*options: str, script: str = "overhead.py") -> tuple[dict[str, Any], str]:
         report = tmp_path / "report.json"
         done = subprocess.run(
             [
-                *(sys.executable, SCRIPT, "--quick", "--json", report, *options),
+                *(sys.executable, BENCH / script, "--quick", "--json", report, *options),
                 *("--database", f"sqlite+aiosqlite:///{tmp_path / 'bench.db'}"),
             ],
             check=True,
@@ -51,3 +51,21 @@ def test_a_request_leaves_nothing_to_the_cycle_collector(bench):
     rows = {each["row"] for each in report["memory"]}
     assert {"none", "unused", "select", "commit", "insert"} == rows
     assert [0.0] * 2 * len(rows) == [each["cyclic"] for each in report["memory"]]
+
+
+def test_blocks_are_measured_beside_what_they_stand_for(bench):
+    """Each kind of block has its time, beside plain SQLAlchemy and above no block at all."""
+    report, printed = bench("--no-instructions", script="blocks.py")
+
+    rows = {"none", "joined", "decorated", "read", "nested", "new"}
+    assert rows == set(report["cpu"]) == set(report["wall"])
+    assert all(QUARTILES == len(row["above bare"]) for row in report["cpu"].values())
+    assert "| NESTED, around one SELECT |" in printed
+
+
+def test_a_block_leaves_nothing_to_the_cycle_collector(bench):
+    """G9: Reference counts free all of a block, whether it joins or has an end of its own."""
+    report, _printed = bench("--memory", script="blocks.py")
+
+    assert 12 == len(report["memory"])
+    assert [0.0] * 12 == [each["cyclic"] for each in report["memory"]]
