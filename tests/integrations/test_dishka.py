@@ -125,7 +125,7 @@ async def test_objects_of_the_app_cannot_ask_for_the_requests_session(db):
 
 
 async def test_object_of_the_app_with_the_proxy_has_each_requests_session(db, drive, rows):
-    """G11, G12: built once with `session_proxy`, it serves fifty requests by their own sessions."""
+    """G11, G12: built once with `session_proxy`, it serves twenty requests by their sessions."""
     built = []
 
     class AppItems(Items):
@@ -150,10 +150,10 @@ async def test_object_of_the_app_with_the_proxy_has_each_requests_session(db, dr
             raise HTTPException(409)
 
     app.include_router(routes)
-    await asyncio.gather(*(drive(app, http_scope(f"/kept/{each}", "POST")) for each in range(50)))
+    await asyncio.gather(*(drive(app, http_scope(f"/kept/{each}", "POST")) for each in range(20)))
 
     assert 1 == len(built)
-    assert list(range(0, 50, 2)) == await rows()
+    assert list(range(0, 20, 2)) == await rows()
 
 
 @SQLITE

@@ -374,7 +374,7 @@ async def test_session_that_another_request_kept_is_refused_at_once(db, drive, r
 
 @PSYCOPG
 async def test_singleton_with_the_proxy_has_each_requests_session(db, drive, rows):
-    """G11, G12: with `session_proxy` one object serves fifty threads, each by its own session."""
+    """G11, G12: with `session_proxy` one object serves twenty threads, each by its own session."""
 
     class Keeping(containers.DeclarativeContainer):
         items = providers.Singleton(SyncItems, db.session_proxy)
@@ -388,6 +388,6 @@ async def test_singleton_with_the_proxy_has_each_requests_session(db, drive, row
         if item_id % 2:
             raise HTTPException(409)
 
-    await asyncio.gather(*(drive(app, http_scope(f"/{each}", "POST")) for each in range(50)))
+    await asyncio.gather(*(drive(app, http_scope(f"/{each}", "POST")) for each in range(20)))
 
-    assert list(range(0, 50, 2)) == await rows()
+    assert list(range(0, 20, 2)) == await rows()
