@@ -228,6 +228,25 @@ async def test_second_thread_in_the_session_is_refused(
     assert "thread 'second' uses the session while thread 'first' is inside" in messages[0]
 
 
+async def test_serialized_threads_wait_for_their_turn(
+    drive: Drive, sync_engine: sa.Engine, sync_rows: Rows
+) -> None:
+    """G13: with concurrency="serialize" the second thread waits for the first to come out."""
+    db = Database(sync_engine, concurrency="serialize")
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with held(sync_engine, "before_cursor_execute") as hold:
+            writing = [asyncio.create_task(in_thread(write, db, number)) for number in range(1, 9)]
+            await hold.reached.wait()
+            hold.let_go()
+            await asyncio.gather(*writing)
+        await endpoint()(scope, receive, send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert (None, 201, list(range(1, 9))) == (exchange.error, exchange.status, sync_rows())
+
+
 # --------------------------------------------------------------------------------------
 # Threads at the end of their scope
 # --------------------------------------------------------------------------------------
@@ -371,6 +390,38 @@ async def test_commit_that_runs_in_its_thread_is_waited_for(
 
     assert isinstance(task.result().error, asyncio.CancelledError)
     assert (Outcome.COMMITTED, [1]) == (scopes[0].outcome, sync_rows())
+
+
+async def test_commit_that_outlasts_its_grace_is_in_doubt(
+    drive: Drive, sync_engine: sa.Engine
+) -> None:
+    """G10: out of grace the outcome is in doubt; the thread clears up when it comes back."""
+    db = Database(sync_engine, cleanup_timeout=0.05)
+    scopes: list[SessionScope[Any]] = []
+    told: list[Outcome] = []
+
+    def work() -> None:
+        write(db, 1)
+        db.on_completion(told.append)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scopes.append(current_scope())
+        await endpoint(work)(scope, receive, send)
+
+    with held(sync_engine, "commit") as hold:
+        task = asyncio.ensure_future(drive(DBSessionMiddleware(app, database=db)))
+        await hold.reached.wait()
+        async with cancelled(task):
+            pass
+        (scope,) = scopes
+        assert (State.CLOSED, Outcome.IN_DOUBT) == (scope.state, scope.outcome)
+        hold.let_go()
+        assert await checked_in(sync_engine)
+
+    assert isinstance(task.result().error, asyncio.CancelledError)
+    assert [] == task.result().messages
+    assert (Outcome.IN_DOUBT, [Outcome.IN_DOUBT]) == (scope.outcome, told)
+    assert await asyncio.to_thread(is_usable, sync_engine)
 
 
 def is_usable(engine: sa.Engine) -> bool:
