@@ -37,6 +37,8 @@ from asgi_dbscope.errors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
     from sqlalchemy.orm import Session, SessionTransaction
 
     from asgi_dbscope._agenda import Hook
@@ -96,23 +98,26 @@ class SessionScope(Lifecycle, Generic[S]):
         demands: The options that such a block has named.
     """
 
+    # What few scopes have costs the others nothing: a default of the class.
+    agenda: Agenda | None = None
+    boundaries: tuple[Boundary, ...] = ()
+    deadline: float | None = None
+    demands: frozenset[str] = frozenset()
+    holder: SessionScope[Any] | None = None
+    shaped_by: str | None = None
+
     __slots__ = (
+        "__dict__",
         "__weakref__",
         "_asgi_scope",
         "_name",
         "_session",
-        "agenda",
-        "boundaries",
         "database",
-        "deadline",
-        "demands",
         "gate",
-        "holder",
         "loop",
         "options",
         "outer",
         "shape",
-        "shaped_by",
         "sync_session",
         "use",
     )
@@ -136,12 +141,6 @@ class SessionScope(Lifecycle, Generic[S]):
         self._session: S | None = None
         self.sync_session: Session | None = None
         self.use: SessionUse | None = None
-        self.agenda: Agenda | None = None
-        self.boundaries: tuple[Boundary, ...] = ()
-        self.deadline: float | None = None
-        self.holder: SessionScope[Any] | None = None
-        self.shaped_by: str | None = None
-        self.demands: frozenset[str] = frozenset()
         if gate is not None:
             self.loop = gate.loop
         else:
@@ -190,7 +189,9 @@ class SessionScope(Lifecycle, Generic[S]):
     @property
     def is_rollback_only(self) -> bool:
         """Whether :meth:`set_rollback_only` was called, here or in a block that is open."""
-        return self.state in ROLLBACK_ONLY or any(b.is_rollback_only for b in self.boundaries)
+        if self.boundaries and any(each.is_rollback_only for each in self.boundaries):
+            return True
+        return self.state in ROLLBACK_ONLY
 
     @property
     def label(self) -> str:
@@ -317,19 +318,18 @@ class SessionScope(Lifecycle, Generic[S]):
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before
 
-    def expect_connection(self) -> None:
-        """An operation begins that may need a connection.
+    def expect_second_connection(self) -> None:
+        """An operation begins that may need a connection beside the one held around it.
 
         Raises:
-            PoolTooSmallError: If it could never get one beside the one held around it.
+            PoolTooSmallError: If it could never get one.
         """
-        if self.holder is not None and self.state not in OPEN:
+        if self.state not in OPEN:
             self.database.second_connections.expect(self)
 
-    def got_connection(self) -> None:
+    def got_second_connection(self) -> None:
         """The operation has its connection, or has done without."""
-        if self.holder is not None:
-            self.database.second_connections.forget(self)
+        self.database.second_connections.forget(self)
 
     def check_deadline(self) -> None:
         """Refuse to go on after the deadline.
@@ -427,13 +427,12 @@ class SessionScope(Lifecycle, Generic[S]):
 
     def is_settled(self) -> bool:
         """Whether there is no open transaction to end, and nothing to do at its end."""
-        agenda = self.agenda
-        if agenda is not None and not agenda.is_empty:
+        if self.agenda is not None and not self.agenda.is_empty:
             return False
-        session, use = self.sync_session, self.use
-        if session is None or use is None:
+        session = self.sync_session
+        if session is None:
             return True
-        return not (session.in_transaction() or use.has_lost)
+        return not (session.in_transaction() or (self.use is not None and self.use.has_lost))
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*.
@@ -500,11 +499,13 @@ class SessionScope(Lifecycle, Generic[S]):
     def _is_open(self, ending: Ending) -> bool:
         """Whether there is a transaction to end; settles what needs no I/O."""
         session, use = self.sync_session, self.use
-        if use is not None and use.has_lost:
+        if session is None or use is None:
+            return False
+        if use.has_lost:
             self._tell_of_loss(use, ending)
-        if use is not None and use.is_abandoned:
+        if use.is_abandoned:
             return False  # whoever still has the connection throws it away
-        return session is not None and session.in_transaction()
+        return session.in_transaction()
 
     def in_use(self) -> tuple[Session, SessionUse]:
         """The session, and who is in it."""
@@ -512,11 +513,13 @@ class SessionScope(Lifecycle, Generic[S]):
         assert self.use is not None
         return self.sync_session, self.use
 
-    async def run(self, function: Any, *arguments: Any) -> asyncio.CancelledError | None:
+    def run(
+        self, function: Any, *arguments: Any
+    ) -> Coroutine[Any, Any, asyncio.CancelledError | None]:
         """Run a function of the driver to its end, from the event loop."""
         session, use = self.in_use()
         operation = use.run(function, self, session, use, *arguments)
-        return await run_to_completion(operation, grace=self.database.cleanup_timeout)
+        return run_to_completion(operation, grace=self.database.cleanup_timeout)
 
     async def abandon_body(self) -> None:
         """Roll back what a body began that nobody reads any more.

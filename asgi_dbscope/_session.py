@@ -323,7 +323,8 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     use.connections.append(connection)
     scope.database.watch(connection, scope)
     scope.advance(Event.BEGUN)
-    scope.got_connection()
+    if scope.holder is not None:
+        scope.got_second_connection()
     if scope.shape.mode != "autocommit":
         _dialects.check_transactional(connection.engine)
     if use.is_committing:  # the first change was made by a listener of the user's

@@ -102,14 +102,16 @@ class TaskUse(SessionUse):
         if self.user is not None:
             msg = self.concurrent_message(_describe(self.user), _describe(task))
             raise ConcurrentSessionUseError(msg)
-        self.scope.expect_connection()
+        if self.scope.holder is not None:
+            self.scope.expect_second_connection()
         self.user = task
 
     def leave(self, user: object, session: Session) -> None:
         if user is None:
             return
         self.user = None
-        self.scope.got_connection()
+        if self.scope.holder is not None:
+            self.scope.got_second_connection()
         if self._turns is not None:
             self._turns.release()
         if self.is_torn and self.ender is None:

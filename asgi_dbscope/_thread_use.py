@@ -98,7 +98,8 @@ class ThreadUse(SessionUse):
             if self.user is not None:
                 inside, entering = (f"thread {each.name!r}" for each in (self.user, thread))
                 raise ConcurrentSessionUseError(self.concurrent_message(inside, entering))
-            self.scope.expect_connection()
+            if self.scope.holder is not None:
+                self.scope.expect_second_connection()
             self.user = thread
         return thread
 
@@ -112,7 +113,8 @@ class ThreadUse(SessionUse):
     def leave(self, user: object, session: Session) -> None:
         if user is None:
             return
-        self.scope.got_connection()
+        if self.scope.holder is not None:
+            self.scope.got_second_connection()
         with self._changed:
             self.user = None
             self._changed.notify_all()

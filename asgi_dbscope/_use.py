@@ -10,6 +10,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._current import get_innermost
+from asgi_dbscope._lifecycle import State
 from asgi_dbscope.errors import (
     SessionScopeClosedError,
     SessionScopeMismatchError,
@@ -166,7 +167,7 @@ class SessionUse:
     def check_registration(self) -> None:
         """Refuse objects and operations that come too late."""
         scope = self.scope
-        if scope.is_over:
+        if scope.state is State.CLOSED:
             scope.refuse_late_use()
         gate = scope.gate
         if gate is not None and get_innermost() is not gate:
