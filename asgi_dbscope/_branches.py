@@ -125,29 +125,49 @@ async def gather(
     """See :meth:`.Database.gather`."""
     try:
         _check(database, awaitables, limit)
-        depth = _depth.get()
-        capacity = database.second_connections.capacity
-        scope = _current.find_scope(database)
-        is_held = scope is not None and not scope.is_settled()
-        places = database.places.at(depth, capacity, is_held=is_held)
+        gathering = _Gathering(database, limit or len(awaitables) or 1)
     except BaseException:
         _discard(awaitables)
         raise
-    own_places = asyncio.Semaphore(limit or len(awaitables) or 1)
-
-    async def run(awaitable: Awaitable[R]) -> R:
-        _depth.set(depth + 1)
-        async with own_places, places, database.branch():
-            return await awaitable
-
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(run(each)) for each in awaitables]
+            tasks = [group.create_task(gathering.run(each)) for each in awaitables]
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
     finally:
         _discard(awaitables)
     return [task.result() for task in tasks]
+
+
+class _Gathering:
+    """One ``gather()``: its place in the nesting, and whether one of its branches has failed."""
+
+    def __init__(self, database: Database[Any], limit: int) -> None:
+        self._database = database
+        self._depth = _depth.get()
+        self._scope = scope = _current.find_scope(database)
+        is_held = scope is not None and not scope.is_settled()
+        capacity = database.second_connections.capacity
+        self._places = database.places.at(self._depth, capacity, is_held=is_held)
+        self._own_places = asyncio.Semaphore(limit)
+        self._has_failed = False
+
+    async def run(self, awaitable: Awaitable[R]) -> R | None:
+        """Wait for a place, and run *awaitable* in a branch."""
+        _depth.set(self._depth + 1)
+        async with self._own_places:
+            with self._database.second_connections.queued(self._scope):
+                await self._places.acquire()
+            try:
+                if self._has_failed:
+                    return None  # the error of another is raised
+                async with self._database.branch():
+                    return await awaitable
+            except BaseException:
+                self._has_failed = True
+                raise
+            finally:
+                self._places.release()
 
 
 def _check(database: Database[Any], awaitables: tuple[Any, ...], limit: object) -> None:

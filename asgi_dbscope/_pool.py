@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 from math import inf
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakSet
 
 from sqlalchemy import Engine
 from sqlalchemy.pool import QueuePool, SingletonThreadPool, StaticPool
@@ -14,6 +16,8 @@ from asgi_dbscope._lifecycle import OPEN
 from asgi_dbscope.errors import PoolTooSmallError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from asgi_dbscope._scope import SessionScope
 
 logger = logging.getLogger("asgi_dbscope")
@@ -54,6 +58,8 @@ class SecondConnections:
         )
         self._lock = Lock()
         self._waiting: set[SessionScope[Any]] = set()
+        self._queued: list[SessionScope[Any]] = []
+        self._refused: WeakSet[SessionScope[Any]] = WeakSet()
         self._has_warned = False
 
     @property
@@ -75,7 +81,10 @@ class SecondConnections:
             if held == 0:
                 return
             if held >= capacity:
-                raise PoolTooSmallError(self.explain(scope))
+                msg = self.explain(scope)
+                # It is about to give its connection back, and so the others can go on.
+                self._refused.update(self._holders(scope))
+                raise PoolTooSmallError(msg)
             self._waiting.add(scope)
             is_tight = not self._has_warned and self._is_tight(held, capacity, scope)
             self._has_warned = self._has_warned or is_tight
@@ -86,6 +95,20 @@ class SecondConnections:
         """*scope* has its connection, or needs none."""
         with self._lock:
             self._waiting.discard(scope)
+
+    @contextmanager
+    def queued(self, scope: SessionScope[Any] | None) -> Iterator[None]:
+        """*scope* waits for a place to branch, and holds what it holds meanwhile."""
+        if scope is None:
+            yield
+            return
+        with self._lock:
+            self._queued.append(scope)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._queued.remove(scope)
 
     def explain(self, scope: SessionScope[Any]) -> str:
         """What to tell a user whose pool is too small."""
@@ -109,14 +132,23 @@ class SecondConnections:
 
     def _held_by_waiting(self, scope: SessionScope[Any]) -> set[SessionScope[Any]]:
         """The scopes that hold a connection while something inside them waits for another."""
-        held: set[SessionScope[Any]] = set()
-        for waiting in (*self._waiting, scope):
-            holder = waiting.holder
-            while holder is not None:
-                if holder.state in OPEN:
-                    held.add(holder)
-                holder = holder.holder
-        return held
+        held = set(self._holders(scope))
+        for waiting in self._waiting:
+            held.update(self._holders(waiting))
+        for queued in self._queued:
+            held.update(self._holders(queued))
+            if queued.state in OPEN:
+                held.add(queued)
+        return held - set(self._refused)
+
+    @staticmethod
+    def _holders(scope: SessionScope[Any]) -> Iterator[SessionScope[Any]]:
+        """The scopes around *scope* that hold a connection."""
+        holder = scope.holder
+        while holder is not None:
+            if holder.state in OPEN:
+                yield holder
+            holder = holder.holder
 
     def _is_tight(self, held: int, capacity: float, scope: SessionScope[Any]) -> bool:
         if scope.database.is_sync:  # as many at once as there are threads

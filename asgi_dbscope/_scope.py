@@ -105,6 +105,8 @@ class SessionScope(Lifecycle, Generic[S]):
     demands: frozenset[str] = frozenset()
     holder: SessionScope[Any] | None = None
     shaped_by: str | None = None
+    is_websocket = False
+    """Whether it is a websocket's, which has sessions only by blocks of their own."""
 
     __slots__ = (
         "__dict__",
@@ -144,6 +146,8 @@ class SessionScope(Lifecycle, Generic[S]):
         if gate is not None:
             self.loop = gate.loop
         else:
+            if asgi_scope is not None:
+                self.is_websocket = True
             self.loop = None if database.is_sync else asyncio.get_running_loop()
 
     # ---------------------------------------------------------------- what users see
@@ -612,11 +616,6 @@ class SessionScope(Lifecycle, Generic[S]):
             )
 
     # ---------------------------------------------------------------- the session
-
-    @property
-    def is_websocket(self) -> bool:
-        """Whether it is a websocket's, which has sessions only by blocks of their own."""
-        return self._asgi_scope is not None and self.gate is None
 
     @property
     def request_loop(self) -> asyncio.AbstractEventLoop | None:

@@ -6,19 +6,20 @@ registered once per session class, not per request.
 
 from __future__ import annotations
 
+import warnings
 from functools import wraps
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, TextClause, event
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch
 from asgi_dbscope._lifecycle import OPEN, Event, Outcome
-from asgi_dbscope.errors import ConfigurationError
+from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -240,6 +241,11 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
         user = use.enter_registration()
         try:
             use.has_written = True
+            if use.is_overtaking:
+                with warnings.catch_warnings():
+                    # Another task's flush is under way; the next one takes what is added now.
+                    warnings.simplefilter("ignore", SAWarning)
+                    return method(self, *args, **kwargs)
             return method(self, *args, **kwargs)
         finally:
             use.leave(user, self)
@@ -339,9 +345,17 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
         _dialects.begin(connection)
 
 
-def _after_flush(session: Any, context: object) -> None:  # noqa: ARG001 - SQLAlchemy's signature
-    if session.use is not None:
-        session.use.has_written = True
+def _after_flush(session: Any, context: Any) -> None:
+    use: SessionUse | None = session.use
+    if use is None:
+        return
+    use.has_written = True
+    if use.has_several_users:
+        # What another task changed while this one was flushing is forgotten when the flush ends.
+        changed = session.identity_map._modified  # noqa: SLF001 - session.dirty has those it flushed
+        lost = [each for each in changed if each not in context.states]
+        if lost:
+            raise ConcurrentSessionUseError(use.overwritten_message([each.obj() for each in lost]))
 
 
 def _before_commit(session: Any) -> None:

@@ -37,11 +37,12 @@ _ending: ContextVar[TaskUse | None] = ContextVar("asgi_dbscope_ending", default=
 class TaskUse(SessionUse):
     """The use of an asynchronous session, whose class may have verbs of its own."""
 
-    __slots__ = ("_becomes_free", "_turns")
+    __slots__ = ("_becomes_free", "_last", "_turns")
 
     def __init__(self, scope: SessionScope[Any]) -> None:
         super().__init__(scope)
         self._becomes_free: asyncio.Future[None] | None = None
+        self._last = 0
         is_serial = scope.database.concurrency == "serialize"
         self._turns = asyncio.Lock() if is_serial else None
 
@@ -104,7 +105,28 @@ class TaskUse(SessionUse):
             raise ConcurrentSessionUseError(msg)
         if self.scope.holder is not None:
             self.scope.expect_second_connection()
+        if self._last != id(task):
+            self.has_several_users = self.has_several_users or self._last != 0
+            self._last = id(task)
         self.user = task
+
+    def enter_registration(self) -> None:
+        self.check_registration()
+        if self._turns is None and self._is_used_by_another():
+            msg = self.concurrent_message(_describe(self.user), "another")
+            raise ConcurrentSessionUseError(msg)
+
+    @property
+    def is_overtaking(self) -> bool:
+        return self._turns is not None and self._is_used_by_another()
+
+    def _is_used_by_another(self) -> bool:
+        if self.user is None:
+            return False
+        try:
+            return asyncio.current_task() is not self.user
+        except RuntimeError:  # in a worker thread
+            return True
 
     def leave(self, user: object, session: Session) -> None:
         if user is None:
@@ -175,6 +197,9 @@ async def _in_time(operation: Coroutine[Any, Any, None], timeout: float) -> None
 # --------------------------------------------------------------------------------------
 
 
+_ASYNCIO = str(PurePath(asyncio.__file__).parent)
+
+
 def _describe(task: asyncio.Task[Any]) -> str:
     """The name of *task*, what it runs, and where it was created, as far as Python knows."""
     coroutine: Any = task.get_coro()
@@ -183,7 +208,8 @@ def _describe(task: asyncio.Task[Any]) -> str:
     if code is not None:
         place = f", {code.co_qualname} ({_short(code.co_filename)}:{code.co_firstlineno})"
     # asyncio keeps the place only in debug mode (PYTHONASYNCIODEBUG=1).
-    created: Any = getattr(task, "_source_traceback", None)
+    known: Any = getattr(task, "_source_traceback", None) or ()
+    created = [each for each in known if not each.filename.startswith(_ASYNCIO)]
     if created:
         line = created[-1]
         place += f", created at {_short(line.filename)}:{line.lineno}"

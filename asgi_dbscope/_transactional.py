@@ -31,6 +31,8 @@ from asgi_dbscope._boundary import (
     leave_block,
 )
 from asgi_dbscope._completion import redeliver
+from asgi_dbscope._current import find_scope
+from asgi_dbscope._lifecycle import State
 from asgi_dbscope._options import ScopeOptions
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._propagation import (
@@ -62,6 +64,9 @@ F = TypeVar("F", bound="Callable[..., Any]")
 S = TypeVar("S", bound="AsyncSession | Session")
 AS = TypeVar("AS", bound=AsyncSession)
 SS = TypeVar("SS", bound=Session)
+
+JOIN, IN_TRANSACTION, CLOSED = Entry.JOIN, Situation.IN_TRANSACTION, State.CLOSED
+"""Looked up once: joining should cost nothing."""
 
 _innermost: ContextVar[_Entered | None] = ContextVar("asgi_dbscope_block", default=None)
 """The innermost block entered in this context."""
@@ -208,6 +213,7 @@ class TransactionalBlock(Generic[S]):
         "_database",
         "_name",
         "demands_something",
+        "entries",
         "label",
         "live",
         "propagation",
@@ -229,6 +235,7 @@ class TransactionalBlock(Generic[S]):
         label: str | None = None,
     ) -> None:
         self.propagation = check_propagation(propagation)
+        self.entries = ENTRIES[self.propagation]
         self.rules = RollbackRules(rollback_for, no_rollback_for)
         self.timeout = _check_timeout(timeout)
         if label is not None and not (isinstance(label, str) and label):
@@ -316,9 +323,9 @@ class TransactionalBlock(Generic[S]):
     # ---------------------------------------------------------------- asynchronous
 
     async def __aenter__(self: TransactionalBlock[AS]) -> AS:
-        entered = self._enter(is_async=True)
+        entered = self._enter(True)  # noqa: FBT003 - by position, for speed
         scope = entered.scope
-        if not isinstance(entered, _Owning):
+        if entered.kind is JOIN or not isinstance(entered, _Owning):
             joined: AS = scope.session
             return joined
         try:
@@ -403,7 +410,7 @@ class TransactionalBlock(Generic[S]):
     # ---------------------------------------------------------------- synchronous
 
     def __enter__(self: TransactionalBlock[SS]) -> SS:
-        entered = self._enter(is_async=False)
+        entered = self._enter(False)  # noqa: FBT003 - by position, for speed
         scope = entered.scope
         if not isinstance(entered, _Owning):
             joined: SS = scope.session
@@ -463,18 +470,35 @@ class TransactionalBlock(Generic[S]):
 
     # ---------------------------------------------------------------- entries
 
-    def _enter(self, *, is_async: bool) -> _Entered:
+    def _enter(self, is_async: bool) -> _Entered:
         database = self._database or self.find_database()
         if database.is_sync is is_async:
             check_with(database, is_async=is_async, call=f"{self.label}:")
-        scope = _current.find_scope(database)
+        scope = find_scope(database)
+        is_join = (  # the most frequent case, by the shortest way
+            scope is not None
+            and scope.shape.mode == "transaction"
+            and self.entries[IN_TRANSACTION] is JOIN
+            and not scope.is_websocket
+        )
+        if scope is None or not is_join:
+            return self._enter_otherwise(database, scope)
+        if scope.state is CLOSED:
+            scope.refuse_late_use()
+        if self.demands_something:
+            self.check_demands(scope)
+        return _Entered(self, JOIN, scope)
+
+    def _enter_otherwise(
+        self, database: Database[Any], scope: SessionScope[Any] | None
+    ) -> _Entered:
         if scope is None or scope.is_websocket:
             situation = Situation.NO_SCOPE
         elif scope.is_in_transaction:
             situation = Situation.IN_TRANSACTION
         else:
             situation = Situation.NO_TRANSACTION
-        kind = ENTRIES[self.propagation][situation]
+        kind = self.entries[situation]
         if kind is Entry.REFUSE_WITHOUT or kind is Entry.REFUSE_WITHIN:
             self._refuse(kind, scope)
         if scope is None or kind is Entry.NEW_SCOPE or kind is Entry.AUTOCOMMIT_SCOPE:
@@ -510,11 +534,11 @@ class TransactionalBlock(Generic[S]):
         if entered is None or entered.block is not self:
             entered = self._find_entry(entered)
         entered.leave()
-        if isinstance(entered, _Owning):
-            return entered
-        if error is not None and entered.kind is Entry.JOIN and self.rules.rolls_back(error):
-            entered.scope.note_failure(error)
-        return None
+        if entered.kind is JOIN:
+            if error is not None and self.rules.rolls_back(error):
+                entered.scope.note_failure(error)
+            return None
+        return entered if isinstance(entered, _Owning) else None
 
     def _find_entry(self, entered: _Entered | None) -> _Entered:
         while entered is not None:

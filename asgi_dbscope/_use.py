@@ -43,6 +43,8 @@ class SessionUse:
 
         ender: The task or thread that is ending the transaction now; nobody else may use it.
 
+        has_several_users: Whether more than one task has been inside.
+
         is_begun_by_hand: Whether the open transaction is of a ``begin()`` of the user's own.
 
         has_written: Whether something other than a read was asked of the open transaction.
@@ -66,6 +68,7 @@ class SessionUse:
         "connections",
         "ender",
         "has_lost",
+        "has_several_users",
         "has_written",
         "is_abandoned",
         "is_begun_by_hand",
@@ -82,6 +85,7 @@ class SessionUse:
         self.connections: list[Connection] = []
         self.user: Any = None
         self.ender: Any = None
+        self.has_several_users = False
         self.is_begun_by_hand = False
         self.has_written = False
         self.has_lost = False
@@ -208,6 +212,19 @@ class SessionUse:
                 "which stands for the session of whichever request uses it."
             )
             raise SessionScopeMismatchError(msg)
+
+    @property
+    def is_overtaking(self) -> bool:
+        """Whether an object is being added while somebody else is inside, who doesn't mind."""
+        return False
+
+    def overwritten_message(self, objects: list[object]) -> str:
+        """What to tell a user whose tasks change and flush the same session at the same time."""
+        return (
+            f"{self.scope!r}: {objects!r} changed in one task while another flushed the session; "
+            "the change would have been lost, so the flush was rolled back. Let one task write, or "
+            "give each a session of its own: `async with db.branch() as session:`."
+        )
 
     def has_changes(self, session: Session) -> bool:
         """Whether something would be lost if the open transaction were rolled back."""
