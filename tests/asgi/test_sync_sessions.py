@@ -10,6 +10,7 @@ import anyio.to_thread
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.pool import StaticPool
 
 from asgi_dbscope import (
     ConfigurationError,
@@ -1007,3 +1008,20 @@ async def test_current_scope_tells_of_the_end(
 
     assert ["<SessionScope ACTIVE GET />"] == seen
     assert "COMMITTING" in caplog.text
+
+
+async def test_database_in_memory_is_shared_by_all_threads(drive: Drive) -> None:
+    """G1, G3: the in-memory SQLite of tests needs a StaticPool, and is committed like others."""
+    engine = sa.create_engine(
+        "sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False}
+    )
+    Item.metadata.create_all(engine)
+    db = Database(engine)
+
+    for number, status in ((1, 201), (2, 500), (3, 201)):
+        await drive(DBSessionMiddleware(endpoint(add(number), status=status), database=db))
+    with db.session_scope() as session:
+        found = session.scalars(sa.select(Item.id).order_by(Item.id)).all()
+    engine.dispose()
+
+    assert [1, 3] == found
