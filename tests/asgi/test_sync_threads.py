@@ -432,7 +432,7 @@ def is_usable(engine: sa.Engine) -> bool:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "shutdown"])
 @pytest.mark.parametrize("sync_engine", ["sqlite"], indirect=True)
 async def test_cancelled_at_each_suspension_it_ends_truly(
     sync_engine: sa.Engine, sync_db: SyncDatabase, kind: Kind, moment: Moment
