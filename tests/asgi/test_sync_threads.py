@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import pytest
 import sqlalchemy as sa
@@ -429,6 +430,62 @@ def is_usable(engine: sa.Engine) -> bool:
     with engine.connect() as connection:
         connection.execute(sa.select(1))
     return True
+
+
+@pytest.mark.parametrize("sync_engine", ["psycopg"], indirect=True)
+async def test_statement_that_outlasts_its_grace_is_cut_off_in_the_driver(
+    drive: Drive, sync_engine: sa.Engine
+) -> None:
+    """G10, G22: a cancelled request waits no longer than its deadline for a long statement."""
+    db = Database(sync_engine, cleanup_timeout=0.05)
+    loop = asyncio.get_running_loop()
+    inside, left = asyncio.Event(), asyncio.Event()
+
+    def work() -> None:
+        session = db.session
+        session.scalar(sa.select(1))
+        loop.call_soon_threadsafe(inside.set)
+        try:
+            session.execute(sa.text("SELECT pg_sleep(1)"))
+        finally:
+            loop.call_soon_threadsafe(left.set)
+
+    task = asyncio.ensure_future(drive(DBSessionMiddleware(endpoint(work), database=db)))
+    await inside.wait()
+    async with cancelled(task):
+        pass
+    was_running = not left.is_set()
+    await left.wait()
+
+    assert isinstance(task.result().error, asyncio.CancelledError)
+    assert was_running
+    assert await checked_in(sync_engine)
+    assert await asyncio.to_thread(is_usable, sync_engine)
+
+
+async def test_ending_that_found_no_thread_in_its_grace_leaves_nothing_behind(
+    drive: Drive, sync_engine: sa.Engine, sync_rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G10: a COMMIT that is given up before a thread took it up is followed by a rollback."""
+    db = Database(sync_engine, cleanup_timeout=0.05)
+    limiter = anyio.CapacityLimiter(1)
+    limiter.acquire_on_behalf_of_nowait(monkeypatch)
+    asked, again = asyncio.Event(), asyncio.Event()
+
+    def ask(work: object) -> anyio.CapacityLimiter:
+        (again if asked.is_set() else asked).set()
+        return limiter
+
+    monkeypatch.setattr(db, "limiter", ask)
+    asgi = DBSessionMiddleware(endpoint(lambda: write(db, 1)), database=db)
+    task = asyncio.ensure_future(drive(asgi))
+    await asked.wait()
+    async with cancelled(task):
+        await again.wait()
+        limiter.release_on_behalf_of(monkeypatch)
+
+    assert isinstance(task.result().error, asyncio.CancelledError)
+    assert ([], []) == (task.result().messages, sync_rows())
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
