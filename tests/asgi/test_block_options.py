@@ -232,6 +232,42 @@ async def test_write_after_a_read_only_block_that_joined_first_says_who_made_it_
     assert "begun read-only by report" in "\n".join(caught.value.__notes__)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({"read_only": True}, {"read_only": False}), ({"read_only": False}, {"read_only": True})],
+)
+@pytest.mark.parametrize("is_scope", [True, False])
+async def test_demand_made_before_the_first_statement_is_not_overridden(
+    db, first, second, is_scope
+):
+    """What a scope or a block has demanded, a block that joins later can't change silently."""
+    outer = db.session_scope(**first) if is_scope and first["read_only"] else db.session_scope()
+
+    async with outer, db.transactional(**first):
+        with pytest.raises(TransactionMismatchError):
+            async with db.transactional(**second):
+                pass
+    async with outer:
+        if not is_scope:
+            async with db.transactional(**first):
+                pass
+        elif not first["read_only"]:
+            return
+        with pytest.raises(TransactionMismatchError):
+            async with db.transactional(**second):
+                pass
+
+
+async def test_isolation_level_demanded_before_the_first_statement_is_not_overridden(db, engine):
+    """Two blocks that join before anything has begun can't each have a level of their own."""
+    wanted, _ = LEVELS[engine.dialect.name]
+
+    async with db.session_scope(), db.transactional(isolation_level=wanted):
+        with pytest.raises(TransactionMismatchError, match="demands isolation_level"):
+            async with db.transactional(isolation_level="REPEATABLE READ"):
+                pass
+
+
 # --------------------------------------------------------------------------------------
 # timeout
 # --------------------------------------------------------------------------------------

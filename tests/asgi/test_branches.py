@@ -398,6 +398,20 @@ async def test_gather_that_is_cancelled_cancels_its_branches(db, rows):
     assert [] == await rows()
 
 
+async def test_branch_does_not_begin_after_another_has_failed(db):
+    """Those that wait for a place when one fails never begin, and leave no warning."""
+    began = []
+
+    async def work(number):
+        began.append(number)
+        raise ServiceError
+
+    with pytest.raises(ServiceError):
+        await db.gather(work(1), work(2), work(3), limit=1)
+
+    assert [1] == began
+
+
 @ON_SQLITE
 async def test_future_is_refused(db):
     """A task runs already, in the session it was started in: it can't be given another."""

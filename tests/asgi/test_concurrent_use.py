@@ -117,6 +117,49 @@ async def test_each_kind_of_operation_is_guarded(db):
             assert 1 == await task, name
 
 
+async def test_in_debug_mode_the_error_says_where_each_task_was_created(db):
+    """G13: With asyncio's debug mode the places are in the message."""
+    loop = asyncio.get_running_loop()
+    loop.set_debug(True)
+    try:
+        async with db.session_scope():
+            tasks = [asyncio.create_task(load(db)) for load in (load_orders, load_customer)]
+            await asyncio.wait(tasks)
+            error = tasks[1].exception()
+    finally:
+        loop.set_debug(False)
+
+    assert 2 == str(error).count(", created at asgi/test_concurrent_use.py:")
+
+
+async def test_change_during_the_flush_of_another_task_is_refused_not_lost(engine, rows):
+    """G13, G1: SQLAlchemy would forget such a change at the flush's end, and COMMIT without it."""
+    for concurrency in ("error", "serialize"):
+        db = Database(engine, concurrency=concurrency)
+        with pytest.raises(ConcurrentSessionUseError, match="the change would have been lost"):
+            async with db.session_scope() as session:
+                item = await session.merge(Item(id=1))
+                await session.flush()
+                task = asyncio.create_task(write(session, 2))
+                await asyncio.sleep(0)  # now it is inside its flush
+                item.note = "changed"
+                await task
+
+    assert [] == await rows()
+
+
+async def test_object_added_during_the_flush_of_another_task_is_refused(db, rows):
+    """G13: `session.add()` is a use of the session as well."""
+    async with db.session_scope() as session:
+        task = asyncio.create_task(write(session, 1))
+        await asyncio.sleep(0)  # now it is inside its flush
+        with pytest.raises(ConcurrentSessionUseError, match="is inside it"):
+            session.add(Item(id=2))
+        await task
+
+    assert [1] == await rows()
+
+
 async def test_tasks_one_after_the_other_may_share_a_session(db, rows):
     """G11: Child tasks that take turns are no error."""
 
@@ -167,6 +210,19 @@ async def test_serialize_lets_20_tasks_of_a_gather_share_one_session(engine, row
         assert list(range(20)) == await asyncio.gather(*map(work, range(20)))
 
     assert 1 == len(sessions)
+    assert list(range(20)) == await rows()
+
+
+async def test_serialize_takes_what_is_added_during_the_flush_of_another(engine, rows):
+    """G13: What 20 tasks add and flush at once is all there."""
+    db = Database(engine, concurrency="serialize")
+
+    async def work(row):
+        await write(db.session, row)
+
+    async with db.session_scope():
+        await asyncio.gather(*map(work, range(20)))
+
     assert list(range(20)) == await rows()
 
 
