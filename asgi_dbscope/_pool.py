@@ -80,16 +80,20 @@ class SecondConnections:
             held = len(self._held_by_waiting(scope))
             if held == 0:
                 return
-            if held >= capacity:
-                msg = self.explain(scope)
-                # It is about to give its connection back, and so the others can go on.
-                self._refused.update(self._holders(scope))
-                raise PoolTooSmallError(msg)
+            self._refuse_if_stuck(scope)
             self._waiting.add(scope)
             is_tight = not self._has_warned and self._is_tight(held, capacity, scope)
             self._has_warned = self._has_warned or is_tight
         if is_tight:
             logger.warning("%s", self.explain(scope))
+
+    def _refuse_if_stuck(self, scope: SessionScope[Any]) -> None:
+        if len(self._held_by_waiting(scope)) < self.capacity:
+            return
+        msg = self.explain(scope)
+        # It is about to give its connection back, and so the others can go on.
+        self._refused.update((scope, *self._holders(scope)))
+        raise PoolTooSmallError(msg)
 
     def forget(self, scope: SessionScope[Any]) -> None:
         """*scope* has its connection, or needs none."""
@@ -98,13 +102,19 @@ class SecondConnections:
 
     @contextmanager
     def queued(self, scope: SessionScope[Any] | None) -> Iterator[None]:
-        """*scope* waits for a place to branch, and holds what it holds meanwhile."""
+        """*scope* waits for a place to branch, and holds what it holds meanwhile.
+
+        Raises:
+            PoolTooSmallError: If it would wait for ever.
+        """
         if scope is None:
             yield
             return
         with self._lock:
             self._queued.append(scope)
         try:
+            with self._lock:
+                self._refuse_if_stuck(scope)
             yield
         finally:
             with self._lock:
@@ -122,12 +132,12 @@ class SecondConnections:
         held = len(self._held_by_waiting(scope))
         capacity = f"{self.capacity:.0f}"
         return (
-            f"asgi_dbscope: {scope!r} needs a second connection while {scope.holder!r} holds one. "
-            f"The pool has {capacity} (pool_size + max_overflow), and {held} of them are held by "
-            f"blocks that wait like this; at {capacity} nobody could go on. With n requests at "
-            "once in such blocks the pool needs n + 1 connections for the first of them to go on, "
-            "and 2 * n for none to wait: enlarge it, limit n, or use propagation='NESTED', which "
-            "needs no second connection."
+            f"asgi_dbscope: {scope!r} needs a second connection while {scope.holder or scope!r} "
+            f"holds one. The pool has {capacity} (pool_size + max_overflow), and {held} of them "
+            f"are held by blocks that wait like this; at {capacity} nobody could go on. With n "
+            "requests at once in such blocks the pool needs n + 1 connections for the first of "
+            "them to go on, and 2 * n for none to wait: enlarge it, limit n, or use "
+            "propagation='NESTED', which needs no second connection."
         )
 
     def _held_by_waiting(self, scope: SessionScope[Any]) -> set[SessionScope[Any]]:
