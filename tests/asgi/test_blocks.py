@@ -1356,10 +1356,15 @@ def make_program(db, kind_of_block):
     return {each.__name__: each for each in programs}[kind_of_block]
 
 
-@pytest.mark.parametrize("kind", ["once", "scope", "timeout"])
-@pytest.mark.parametrize(
-    "kind_of_block", ["alone", "begun", "nested", "joined", "new", "limited", "branch"]
-)
+KINDS_OF_BLOCK = ("alone", "begun", "nested", "joined", "new", "limited", "branch")
+CUT_ONCE = [(each, "once") for each in KINDS_OF_BLOCK]
+CUT_OTHERWISE = [
+    *(("alone", "scope"), ("nested", "scope"), ("new", "scope")),
+    *(("begun", "timeout"), ("nested", "timeout"), ("limited", "timeout")),
+]
+
+
+@pytest.mark.parametrize(("kind_of_block", "kind"), [*CUT_ONCE, *CUT_OTHERWISE])
 async def test_block_cancelled_anywhere_ends_truly(db, kind, kind_of_block):
     """G10: Cut at any suspension of its entry, its body or its exit, a block leaks nothing."""
 
