@@ -633,6 +633,47 @@ async def test_hooks_of_a_rollback_run(
     assert ([Outcome.ROLLED_BACK], [2]) == (calls, sync_rows())
 
 
+async def test_hooks_of_a_commit_by_hand_run_in_its_thread(
+    drive: Drive, sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """After session.commit() or rollback() its hooks run at once, each in a scope of its own."""
+    calls: list[object] = []
+
+    def work() -> None:
+        add(1)()
+        sync_db.on_commit(add(2))
+        sync_db.session.commit()
+        calls.append(sync_rows())
+        add(3)()
+        sync_db.on_rollback(calls.append, "rolled back")
+        sync_db.session.rollback()
+
+    exchange = await drive(DBSessionMiddleware(endpoint(work), database=sync_db))
+
+    assert (201, [[1, 2], "rolled back"]) == (exchange.status, calls)
+
+
+async def test_error_of_a_hook_is_logged_or_raised(
+    drive: Drive, sync_db: SyncDatabase, sync_rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failing hook is logged and the others run; on_error="raise" makes it the response's."""
+
+    def fail() -> None:
+        raise ValueError("boom")
+
+    def work() -> None:
+        add(1)()
+        sync_db.on_commit(fail, on_error="raise")
+        sync_db.on_commit(fail)
+        sync_db.on_commit(add(2))
+
+    exchange = await drive(DBSessionMiddleware(endpoint(work), database=sync_db))
+
+    assert isinstance(exchange.error, ValueError)
+    assert ([], [1, 2]) == (exchange.messages, sync_rows())
+    assert "failed; the others run" in caplog.text
+
+
 async def test_coroutine_function_is_no_hook_of_threads(sync_db: SyncDatabase) -> None:
     """A coroutine function as a hook is refused, with what to do instead."""
 

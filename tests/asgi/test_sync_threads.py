@@ -318,6 +318,29 @@ async def test_statement_during_the_commit_begins_the_next_transaction(
     assert (201, [1, 2]) == (exchange.status, sync_rows())
 
 
+async def test_release_during_the_commit_waits_for_it(
+    drive: Drive, sync_db: SyncDatabase, sync_engine: sa.Engine, sync_rows: Rows
+) -> None:
+    """G22: two endings of one session, in two threads, come one after the other."""
+    releasing: list[asyncio.Task[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await in_thread(write, sync_db, 1)
+        releasing.append(asyncio.create_task(release_meanwhile()))
+        await endpoint()(scope, receive, send)
+        await releasing[0]
+
+    async def release_meanwhile() -> None:
+        await hold.reached.wait()
+        asyncio.get_running_loop().call_later(0.05, hold.let_go)
+        await asyncio.to_thread(sync_db.release)
+
+    with held(sync_engine, "commit") as hold:
+        exchange = await drive(DBSessionMiddleware(app, database=sync_db))
+
+    assert (201, None, [1]) == (exchange.status, exchange.error, sync_rows())
+
+
 # --------------------------------------------------------------------------------------
 # Cancelled
 # --------------------------------------------------------------------------------------
@@ -486,6 +509,38 @@ async def test_ending_that_found_no_thread_in_its_grace_leaves_nothing_behind(
 
     assert isinstance(task.result().error, asyncio.CancelledError)
     assert ([], []) == (task.result().messages, sync_rows())
+
+
+@pytest.mark.parametrize("driver", ["sqlite", "psycopg"])
+async def test_thread_that_gets_its_connection_too_late_leaks_nothing(
+    drive: Drive, make_sync_engine: MakeEngine, driver: str
+) -> None:
+    """G10, G14: cancelled while its thread waits for the pool, a request keeps no connection."""
+    engine = make_sync_engine(driver, pool_size=1, max_overflow=0, pool_timeout=ENOUGH)
+    db = Database(engine, cleanup_timeout=0.05)
+    loop = asyncio.get_running_loop()
+    inside = asyncio.Event()
+    refused = threading.Event()
+
+    def tell(*_: object) -> None:
+        loop.call_soon_threadsafe(inside.set)
+
+    def work() -> None:
+        sa.event.listen(db.session, "before_flush", tell)
+        with pytest.raises(SessionScopeClosedError):
+            write(db, 1)
+        refused.set()
+
+    with engine.connect():
+        task = asyncio.ensure_future(drive(DBSessionMiddleware(endpoint(work), database=db)))
+        await inside.wait()
+        async with cancelled(task):
+            pass
+
+    assert isinstance(task.result().error, asyncio.CancelledError)
+    assert await asyncio.to_thread(refused.wait, ENOUGH)
+    assert await checked_in(engine)
+    assert [] == committed(engine)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
