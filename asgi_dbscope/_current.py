@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from asgi_dbscope.errors import AmbiguousDatabaseError, NoSessionScopeError
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Iterable
     from typing import Any, Protocol
 
@@ -42,6 +43,11 @@ if TYPE_CHECKING:
         @property
         def is_request(self) -> bool:
             """Whether it is a request."""
+            ...
+
+        @property
+        def loop(self) -> asyncio.AbstractEventLoop | None:
+            """The event loop it was opened in; ``None`` outside of asyncio."""
             ...
 
         def take_late_hooks(self, scope: SessionScope[Any]) -> bool:

@@ -504,6 +504,24 @@ class _CurrentSession(ScopedRegistry[Any]):
         """Do nothing: the scope ends its session."""
 
 
+@overload
+def transactional(propagation: F, /) -> F: ...
+
+
+@overload
+def transactional(
+    propagation: Propagation | str = ...,
+    *,
+    database: str | None = ...,
+    isolation_level: str | None = ...,
+    read_only: bool | None = ...,
+    timeout: float | None = ...,
+    rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
+    no_rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
+    label: str | None = ...,
+) -> TransactionalBlock[Any]: ...
+
+
 def transactional(
     propagation: Any = Propagation.REQUIRED, *, database: str | None = None, **options: Any
 ) -> Any:

@@ -617,11 +617,6 @@ class SessionScope(Lifecycle, Generic[S]):
 
     # ---------------------------------------------------------------- the session
 
-    @property
-    def request_loop(self) -> asyncio.AbstractEventLoop | None:
-        """The event loop of the request that it serves, if it serves one."""
-        return None if self.gate is None else self.gate.loop
-
     def check_has_session(self) -> None:
         """Refuse where there is no session to be had."""
         self.check_open()

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
+    from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._pool import ThreadWork
     from asgi_dbscope._scope import SessionScope
 
@@ -35,11 +36,12 @@ logger = logging.getLogger("asgi_dbscope")
 class ThreadUse(SessionUse):
     """The use of a synchronous session."""
 
-    __slots__ = ("_changed",)
+    __slots__ = ("_changed", "_loop")
 
     def __init__(self, scope: SessionScope[Any]) -> None:
         super().__init__(scope)
         self._changed = threading.Condition()
+        self._loop = _loop_around(scope)
 
     async def run(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in a worker thread that no endpoint can occupy.
@@ -69,7 +71,7 @@ class ThreadUse(SessionUse):
             raise
 
     def _is_on_loop(self) -> bool:
-        loop = self.scope.request_loop
+        loop = self._loop
         return loop is not None and asyncio._get_running_loop() is loop  # noqa: SLF001 - public, for those who ask often
 
     def check_place(self) -> threading.Thread:
@@ -158,3 +160,16 @@ class ThreadUse(SessionUse):
             session.invalidate()
         except Exception:
             logger.warning("%s: a connection was lost", self.scope.label, exc_info=True)
+
+
+def _loop_around(scope: SessionScope[Any]) -> asyncio.AbstractEventLoop | None:
+    """The event loop of the request that *scope* serves, or is inside of, if there is one.
+
+    A script that blocks its own loop holds up nobody else.
+    """
+    holder: ScopeHolder | None = scope.gate or scope.outer
+    while holder is not None:
+        if holder.is_request:
+            return holder.loop
+        holder = holder.outer
+    return None

@@ -42,7 +42,7 @@ napoleon_use_ivar = True
 nitpicky = True
 nitpick_ignore_regex = [
     # Building must not need the network, so names of other projects are not resolved.
-    (r"py:.*", r"(anyio|asyncio|collections|contextlib|datetime|sqlalchemy|types|typing)\..*"),
+    (r"py:.*", r"(anyio|asyncio|collections|contextlib|datetime|sqlalchemy|time|types|typing)\..*"),
     # The same, and builtins, as autodoc prints them; type variables.
     (r"py:.*", r"(?!asgi_dbscope)[A-Z]\w*"),
     (r"py:.*", r"(async_)?sessionmaker"),
