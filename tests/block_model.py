@@ -6,20 +6,23 @@ It knows rows, transactions and savepoints as sets on a stack, and nothing of SQ
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tests.block_programs import (
     ERRORS,
     RULED,
+    Add,
     Block,
     Commit,
     Hook,
     Mode,
+    Orphan,
     Program,
     Raise,
     Read,
+    Release,
     Request,
     Rollback,
     Savepoint,
@@ -63,10 +66,13 @@ class Level:
     Attributes:
         rows: What was written in it and is not undone.
 
+        orphans: Those that COMMIT will refuse.
+
         is_over: Whether it was ended: by its block, or by the user's `commit()` or `rollback()`.
     """
 
     rows: set[int] = field(default_factory=set)
+    orphans: set[int] = field(default_factory=set)
     is_over: bool = False
 
 
@@ -97,6 +103,8 @@ class Session:
 
         blocks: The savepoints whose `async with` has not been left.
 
+        pending: Rows that wait for a flush; they are in the last of the levels.
+
         has_written: Whether something was written since the last end.
 
         is_open: Whether the database has a transaction of it open.
@@ -117,6 +125,7 @@ class Session:
         self.levels = [Level()]
         self.hooks: list[Owed] = []
         self.failures: list[Owed] = []
+        self.pending: set[int] = set()
         self.has_written = self.is_open = self.has_connection = False
 
     @property
@@ -128,6 +137,11 @@ class Session:
     def is_durable(self) -> bool:
         """Whether each statement is committed by itself."""
         return self.mode == "autocommit" and not self.units
+
+    @property
+    def is_the_users(self) -> bool:
+        """Whether only the user's code commits."""
+        return self.mode == "manual" and not self.units
 
     @property
     def forbids_commit(self) -> bool:
@@ -159,6 +173,7 @@ class Session:
         self._remove(savepoint)
         around = self.levels[-1]
         around.rows |= savepoint.rows
+        around.orphans |= savepoint.orphans
         for each in self.hooks + self.failures:
             if each.level is savepoint:
                 each.level = around
@@ -168,6 +183,7 @@ class Session:
         if savepoint.is_over:
             return
         self._remove(savepoint)
+        self.pending = set()
         self.failures = [each for each in self.failures if each.level is not savepoint]
         for each in self.hooks:
             if each.level is savepoint:
@@ -186,8 +202,8 @@ class Model:
 
         log: What was seen from inside the program.
 
-        locked: Writes that a database with a single writer would not let through, and that are
-            left out.
+        left_out: What is not to be done: writes that a database with a single writer would not let
+            through, and COMMITs by hand that fail (SQLAlchemy's session is of no use after that).
 
         status: The response's, if there was one.
 
@@ -197,7 +213,7 @@ class Model:
     def __init__(self, *, is_sync: bool, has_single_writer: bool) -> None:
         self.committed: set[int] = set()
         self.log: list[str] = []
-        self.locked: set[int] = set()
+        self.left_out: set[int] = set()
         self.status: int | None = None
         self.connections = 0
         self._is_sync = is_sync
@@ -232,21 +248,25 @@ class Model:
                 self.status = program.status
                 error = self._caught(program.background)
                 commits = error is None and not session.forbids_commit and session.failure is None
-                committing = session.is_in_transaction and commits
-                self._end(session, "COMMITTED" if committing else "ROLLED_BACK")
+                committing = commits and not session.is_the_users
+                with suppress(Refused):  # the response is out: nobody is told but the log
+                    self._end(session, "COMMITTED" if committing else "ROLLED_BACK")
         if error is not None:
             raise error
 
     def _head(self, session: Session, program: Request) -> BaseException | None:
         commits = (
-            session.is_in_transaction
+            not session.is_the_users
             and program.status < 500
             and not program.is_handled
             and not session.forbids_commit
         )
         failure = session.failure if commits else None
         commits = commits and failure is None
-        error = self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
+        try:
+            error = self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
+        except Refused as refused:
+            return refused
         if failure is not None and program.status < 400:
             return Refused("RollbackOnlyError", failure)
         return error
@@ -268,10 +288,16 @@ class Model:
         match statement:
             case Write():
                 self._write(statement.id)
+            case Add():
+                self._add(statement.id)
+            case Orphan():
+                self._add_orphan(statement.id)
             case Read():
                 self._read()
             case Commit():
-                self._commit()
+                self._commit(statement.id)
+            case Release():
+                self._release(statement.id)
             case Rollback():
                 self._roll_back()
             case SetRollbackOnly():
@@ -319,38 +345,86 @@ class Model:
         session.has_connection = True
         in_use = sum(each.has_connection for each in self._sessions)
         self.connections = max(self.connections, in_use)
+        self._flush(session)
         return session
 
-    def _write(self, number: int) -> None:
+    def _flush(self, session: Session) -> None:
+        rows, session.pending = session.pending, set()
+        if rows:
+            self._use()
+            (self.committed if session.is_durable else session.levels[-1].rows).update(rows)
+
+    def _is_locked(self, number: int) -> bool:
+        """Whether another session of the program has the database's only place for a writer."""
         others = [each for each in self._sessions if each is not self._session]
         if self._has_single_writer and any(each.is_open for each in others):
-            self.locked.add(number)
-            return
-        session = self._use()
-        if session.is_durable:
-            self.committed.add(number)
-        else:
-            session.has_written = True
-            session.levels[-1].rows.add(number)
+            self.left_out.add(number)
+            return True
+        return False
+
+    def _write(self, number: int) -> None:
+        if not self._is_locked(number):
+            self._session.has_written = True
+            self._use()
+            self._session.pending.add(number)
+            self._flush(self._session)
+
+    def _add(self, number: int) -> None:
+        if not self._is_locked(number):
+            self._session.has_written = True
+            self._session.check_usable()
+            self._session.pending.add(number)
+
+    def _add_orphan(self, number: int) -> None:
+        if not self._is_locked(number):
+            self._session.has_written = True
+            session = self._use()
+            if session.is_durable:
+                raise Refused("IntegrityError")
+            session.levels[-1].orphans.add(number)
 
     def _read(self) -> None:
         session = self._use()
         seen = self.committed.union(*(each.rows for each in session.levels))
         self.log.append(f"sees {sorted(seen)}")
 
-    def _commit(self) -> None:
+    def _would_fail(self, number: int) -> bool:
+        if any(each.orphans for each in self._session.levels):
+            self.left_out.add(number)
+            return True
+        return False
+
+    def _commit(self, number: int) -> None:
         session = self._session
+        if self._would_fail(number):
+            return
         if not session.is_durable and session.failure is not None:
             raise Refused("RollbackOnlyError", session.failure)
-        if session.forbids_commit and (session.is_open or len(session.levels) > 1):
+        if session.forbids_commit and len(session.levels) > 1:
             raise Refused("RollbackOnlyError")
         session.check_usable()
-        if not (session.is_durable or session.forbids_commit):
+        if session.forbids_commit:
+            self._flush(session)
+            if session.is_open:
+                raise Refused("RollbackOnlyError")
+        else:
+            self._surface(self._end(session, "COMMITTED"))
+
+    def _release(self, number: int) -> None:
+        session = self._session
+        if self._would_fail(number):
+            return
+        if len(session.units) > (session.mode == "transaction"):
+            raise Refused("ConfigurationError")
+        if session.forbids_commit:
+            self._surface(self._end(session, "ROLLED_BACK"))
+        elif session.failure is not None:
+            raise Refused("RollbackOnlyError", session.failure)
+        else:
             self._surface(self._end(session, "COMMITTED"))
 
     def _roll_back(self) -> None:
-        if not self._session.is_durable:
-            self._surface(self._end(self._session, "ROLLED_BACK"))
+        self._surface(self._end(self._session, "ROLLED_BACK"))
 
     def _set_rollback_only(self) -> None:
         session = self._session
@@ -379,6 +453,7 @@ class Model:
 
     def _set_savepoint(self, session: Session) -> Level:
         session.check_usable()
+        self._flush(session)
         savepoint = Level()
         session.levels.append(savepoint)
         return savepoint
@@ -402,9 +477,9 @@ class Model:
             case "NESTED":
                 self._nest(block)
             case "NOT_SUPPORTED" if is_in_transaction:
-                self._scope("autocommit", block.body)
+                self._scope("autocommit", block.body, block)
             case "SUPPORTS" | "NOT_SUPPORTED" | "NEVER" if session is None:
-                self._scope("autocommit", block.body)
+                self._scope("autocommit", block.body, block)
             case _ if is_in_transaction:
                 self._join(block)
             case _:
@@ -445,7 +520,7 @@ class Model:
     def _begin(self, block: Block) -> None:
         """A transaction on a session that has none of ours: reads that are open there end."""
         session = self._session
-        if session.has_written or len(session.levels) > 1:
+        if session.is_the_users and (session.has_written or len(session.levels) > 1):
             raise Refused("ConfigurationError")
         self._surface(self._end(session, "ROLLED_BACK" if session.forbids_commit else "COMMITTED"))
         self._unit(session, Unit(), block.body, block)
@@ -457,7 +532,8 @@ class Model:
                 self._unit(session, session.units.pop(), body, block)
             else:
                 error = self._caught(body)
-                hook_error = self._end(session, "ROLLED_BACK")
+                commits = not (session.is_the_users or rolls_back(error, block))
+                hook_error = self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
                 self._surface(error or hook_error)
 
     def _unit(
@@ -500,7 +576,16 @@ class Model:
     # ---------------------------------------------------------------- ends
 
     def _end(self, session: Session, outcome: Became) -> BaseException | None:
-        """The transaction is over; returns the error of a hook that wants it seen."""
+        """The transaction is over; returns the error of a hook that wants it seen.
+
+        Raises:
+            Refused: If COMMIT fails.
+        """
+        error: BaseException | None = None
+        if outcome == "COMMITTED":
+            self._flush(session)
+            if any(each.orphans for each in session.levels):
+                outcome, error = "ROLLED_BACK", Refused("IntegrityError")
         for each in session.levels:
             if outcome == "COMMITTED":
                 self.committed |= each.rows
@@ -516,8 +601,9 @@ class Model:
             if hook.when == "after_response":
                 self._waits_for(session).later.append((hook, became))
             else:
-                error = self._call(hook, became)
-                first = first or (error if hook.on_error == "raise" else None)
+                hook_error = self._call(hook, became)
+                first = first or (hook_error if hook.on_error == "raise" else None)
+        self._surface(error)
         return first
 
     def _register(self, hook: Hook) -> None:

@@ -70,6 +70,20 @@ class Write(Part):
 
 
 @dataclass(frozen=True, repr=False)
+class Add(Part):
+    """`session.add()` of such a row: the next flush inserts it."""
+
+    id: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class Orphan(Part):
+    """`INSERT` of what only COMMIT refuses."""
+
+    id: int = 0
+
+
+@dataclass(frozen=True, repr=False)
 class Read(Part):
     """`SELECT` of every row of the program."""
 
@@ -77,6 +91,15 @@ class Read(Part):
 @dataclass(frozen=True, repr=False)
 class Commit(Part):
     """`session.commit()` in mid-way."""
+
+    id: int = 0
+
+
+@dataclass(frozen=True, repr=False)
+class Release(Part):
+    """`db.release()`."""
+
+    id: int = 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -146,8 +169,11 @@ class Scope(Part):
 
 Statement = (
     Write
+    | Add
+    | Orphan
     | Read
     | Commit
+    | Release
     | Rollback
     | SetRollbackOnly
     | Raise
@@ -244,7 +270,8 @@ def _hooks(depth: int) -> st.SearchStrategy[Hook]:
     """Hooks, plain functions and coroutine functions."""
     raises = _raises(stops=False)
     plain: list[tuple[int, st.SearchStrategy[Any]]] = [(1, raises)]
-    full: list[tuple[int, st.SearchStrategy[Any]]] = [(3, st.builds(Write)), (1, raises)]
+    full: list[tuple[int, st.SearchStrategy[Any]]] = [(2, st.builds(Write)), (1, raises)]
+    full += [(1, st.builds(Add)), (1, st.builds(Orphan))]
     full.append((1, st.builds(Read)))
     full.append((1, st.builds(SetRollbackOnly)))
     if depth > 0:
@@ -280,8 +307,9 @@ def statements(depth: int, *, has_scope: bool = True) -> st.SearchStrategy[State
     """Statements whose trees are *depth* high at most."""
     choices: list[tuple[int, st.SearchStrategy[Any]]] = [(3, _hooks(1)), (1, _raises(stops=True))]
     if has_scope:
-        choices.insert(0, (4, st.builds(Write)))
-        choices += [(1, st.builds(each)) for each in (Read, Commit, Rollback, SetRollbackOnly)]
+        choices.insert(0, (3, st.builds(Write)))
+        simple = (Add, Add, Read, Orphan, Commit, Rollback, Release, SetRollbackOnly)
+        choices += [(1, st.builds(each)) for each in simple]
     if depth:
         inside = _bodies(statements(depth - 1))
         blocks = st.builds(

@@ -17,13 +17,16 @@ from tests.block_model import describe
 from tests.block_programs import (
     ERRORS,
     RULED,
+    Add,
     Block,
     Commit,
     Hook,
     Job,
+    Orphan,
     Program,
     Raise,
     Read,
+    Release,
     Request,
     Rollback,
     Savepoint,
@@ -35,7 +38,7 @@ from tests.block_programs import (
     Write,
 )
 from tests.fix_asgi import Drive, body, start
-from tests.fix_database import Item
+from tests.fix_database import Child, Item
 
 SPAN = 1_000
 """How many rows a run may write."""
@@ -89,14 +92,14 @@ class Run:
         blocks: Blocks,
         first: int,
         *,
-        locked: Collection[int] = (),
+        left_out: Collection[int] = (),
     ) -> None:
         self.log: list[str] = []
         self.status: int | None = None
         self.first = first
         self._blocks = blocks
         self._db = blocks.db
-        self._locked = locked
+        self._left_out = left_out
         self._is_in_plain_hook = False
         self._is_sync = blocks.db.is_sync
 
@@ -150,14 +153,22 @@ class Run:
 
     async def _statement(self, statement: Statement) -> None:
         match statement:
+            case _ if getattr(statement, "id", None) in self._left_out:
+                pass
             case Write():
-                if statement.id not in self._locked:
-                    row = sa.insert(Item).values(id=self.first + statement.id)
-                    await self._call(self._db.session.execute, row)
+                row = sa.insert(Item).values(id=self.first + statement.id)
+                await self._call(self._db.session.execute, row)
+            case Add():
+                self._db.session.add(Item(id=self.first + statement.id))
+            case Orphan():
+                orphan = sa.insert(Child).values(id=self.first + statement.id, item_id=-1)
+                await self._call(self._db.session.execute, orphan)
             case Read():
                 await self._read()
             case Commit():
                 await self._call(self._db.session.commit)
+            case Release():
+                await self._call(self._db.release)
             case Rollback():
                 await self._call(self._db.session.rollback)
             case SetRollbackOnly():

@@ -55,7 +55,7 @@ class Laboratory:
             has_single_writer=self.observer.dialect.name == "sqlite",
         )
         model.run(program)
-        run = Run(self.blocks, first, locked=model.locked)
+        run = Run(self.blocks, first, left_out=model.left_out)
         self.loop.run_until_complete(run.run(program, self.drive))
 
         assert model.log == run.log
