@@ -287,6 +287,41 @@ async def test_block_that_outlives_its_scope_claims_no_success(db, rows):
         await task
 
 
+async def test_block_that_outlives_its_scope_and_raises_raises_just_that(db):
+    """G9: A block's own error isn't replaced by the news that its scope has ended."""
+    is_inside, has_ended = asyncio.Event(), asyncio.Event()
+
+    async def work():
+        async with db.transactional():
+            is_inside.set()
+            await has_ended.wait()
+            raise ServiceError
+
+    async with db.session_scope(mode="autocommit"):
+        task = asyncio.create_task(work())
+        await is_inside.wait()
+    has_ended.set()
+
+    with pytest.raises(ServiceError):
+        await task
+
+
+async def test_block_whose_session_cannot_be_made_leaves_no_scope(engine):
+    """Where the session's class refuses to be made, nothing is left open."""
+
+    def refuse(**options):
+        raise ServiceError
+
+    db = Database(engine)
+    db.session_factory.class_ = refuse
+    with pytest.raises(ServiceError):
+        async with db.transactional():
+            pass
+
+    with pytest.raises(NoSessionScopeError):
+        db.scope  # noqa: B018
+
+
 # --------------------------------------------------------------------------------------
 # One object: a context manager and a decorator, entered as often as you like
 # --------------------------------------------------------------------------------------
@@ -1112,6 +1147,19 @@ async def test_child_task_of_a_block_joins_it(db, rows):
             await write(session, 1)
 
     async with db.session_scope(mode="autocommit"), db.transactional():
+        await asyncio.create_task(child())
+
+    assert [1] == await rows()
+
+
+async def test_child_task_of_a_joined_block_is_inside_of_the_outer_one(db, rows):
+    """G11: A task started in a block that joined is inside of the block that it joined."""
+
+    async def child():
+        async with db.transactional() as session:
+            await write(session, 1)
+
+    async with db.session_scope(mode="autocommit"), db.transactional(), db.transactional():
         await asyncio.create_task(child())
 
     assert [1] == await rows()

@@ -110,6 +110,30 @@ async def test_two_requests_that_each_want_a_second_connection_of_two_fail_at_on
     assert 1 == len([each for each in exchanges if each.status == 200])
 
 
+async def test_many_requests_that_hold_one_and_want_another_never_hang(make_db, drive):
+    """G14: 20 such requests on a pool of 5 end soon, well or with the error; none is lost."""
+    db = make_db(5)
+
+    async def app(scope, receive, send):
+        await read(db.session)
+        await db.gather(*(read_in_branch() for _ in range(3)))
+        async with db.transactional("REQUIRES_NEW") as other:
+            await read(other)
+        await respond(send)
+
+    async def read_in_branch():
+        await read(db.session)
+
+    served = DBSessionMiddleware(app, database=db)
+    async with asyncio.timeout(20):
+        exchanges = await asyncio.gather(*(drive(served) for _ in range(20)))
+
+    assert {None, PoolTooSmallError} >= {
+        None if each.error is None else type(each.error) for each in exchanges
+    }
+    assert [200] == [(await drive(served)).status]
+
+
 async def test_three_levels_count_the_connections_of_all(make_db):
     """G14: A block in a block in a block needs three; on a pool of two the third is refused."""
     db = make_db(2)

@@ -16,6 +16,7 @@ from asgi_dbscope import (
     on_commit,
     on_completion,
     on_rollback,
+    transactional,
 )
 
 
@@ -87,19 +88,19 @@ def decorated_coroutine_function_keeps_its_signature(db: Database[AsyncSession])
 
 
 class Service:
-    """Methods are decorated, too."""
+    """Methods of each kind are decorated."""
 
     db: Database[AsyncSession]
 
+    @transactional()
     async def method(self, row: int) -> int:
         """Write."""
         return row
 
     async def use(self) -> None:
         """Call it."""
-        decorated = self.db.transactional()(self.method)
-        assert_type(await decorated(1), int)
-        await decorated("1")  # type: ignore[arg-type]
+        assert_type(await self.method(1), int)
+        await self.method("1")  # type: ignore[arg-type]
 
 
 def wrong_options_are_told(db: Database[AsyncSession]) -> None:
