@@ -1214,6 +1214,7 @@ async def test_block_left_open_by_a_finished_task_can_be_joined(db, rows):
         ({"timeout": -1}, "a number of seconds above 0; got -1"),
         ({"timeout": 0}, "got 0"),
         ({"timeout": float("nan")}, "got nan"),
+        ({"timeout": float("inf")}, "got inf"),
         ({"timeout": True}, "got True"),
         ({"timeout": "5"}, "got '5'"),
         ({"label": ""}, "label must be a string that is not empty"),
