@@ -44,6 +44,22 @@ AS = TypeVar("AS", bound=AsyncSession)
 SS = TypeVar("SS", bound=Session)
 
 
+class SessionProxy:
+    """The attribute :attr:`Database.session_proxy`, typed as the database is."""
+
+    @overload
+    def __get__(self, database: Database[AS], owner: object) -> async_scoped_session[AS]: ...
+
+    @overload
+    def __get__(self, database: Database[SS], owner: object) -> scoped_session[SS]: ...
+
+    @overload
+    def __get__(self, database: None, owner: object) -> Self: ...
+
+    def __get__(self, database: Any, owner: object) -> Any:
+        return self if database is None else database.make_session_proxy()
+
+
 class Database(Generic[S]):
     """One database: where sessions come from, and the verbs of the current scope.
 
@@ -225,21 +241,11 @@ class Database(Generic[S]):
         """
         return SessionHandle(self)
 
-    @overload
-    def _proxy(self: Database[AS]) -> async_scoped_session[AS]: ...
+    session_proxy = SessionProxy()
+    """A session that stands for the current scope's, for objects built once at import.
 
-    @overload
-    def _proxy(self: Database[SS]) -> scoped_session[SS]: ...
-
-    def _proxy(self) -> Any:
-        if self._session_proxy is None:
-            kind: Any = _SessionProxy if self.is_sync else _AsyncSessionProxy
-            self._session_proxy = kind(self.session_factory, scopefunc=lambda: None)
-            self._session_proxy.registry = _CurrentSession(self)
-        return self._session_proxy
-
-    session_proxy = property(_proxy)
-    """A session that stands for the current scope's, for objects built once at import."""
+    An ``async_scoped_session``, or a ``scoped_session`` where the database is synchronous.
+    """
 
     def set_rollback_only(self) -> None:
         """Forbid the current scope to commit; see :meth:`.SessionScope.set_rollback_only`."""
@@ -429,6 +435,14 @@ class Database(Generic[S]):
         return await _branches.gather(self, awaitables, limit)
 
     # ---------------------------------------------------------------- for the scope
+
+    def make_session_proxy(self) -> Any:
+        """The one object that :attr:`session_proxy` is."""
+        if self._session_proxy is None:
+            kind: Any = _SessionProxy if self.is_sync else _AsyncSessionProxy
+            self._session_proxy = kind(self.session_factory, scopefunc=lambda: None)
+            self._session_proxy.registry = _CurrentSession(self)
+        return self._session_proxy
 
     def hook_scope(self) -> SessionScopeBlock[Any]:
         """The scope that a hook runs in."""

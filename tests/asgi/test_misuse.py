@@ -212,7 +212,7 @@ def test_wrong_session_options_are_told_when_the_endpoint_is_decorated(unused, o
 def test_session_scope_decorates_coroutine_functions_only(unused):
     """A plain function can't run in a scope, and the decorator says what can."""
     with pytest.raises(ConfigurationError, match="decorates coroutine functions"):
-        Database(unused).session_scope()(print)  # type: ignore[arg-type]
+        Database(unused).session_scope()(print)
 
 
 async def test_session_scope_is_entered_once_at_a_time(db):
@@ -270,7 +270,7 @@ async def test_unreachable_database_is_an_error_with_a_note(drive, url, is_flush
     assert isinstance(exchange.error, (OSError, sa.exc.DBAPIError))
     assert [] == exchange.messages
     assert any("asgi_dbscope: " in note for note in exchange.error.__notes__)
-    assert database.owned_engine is not None
+    assert isinstance(database.owned_engine, AsyncEngine)
     assert 0 == _checked_out(database.owned_engine)
     await database.dispose()
     await _threads_of_aiosqlite_end()

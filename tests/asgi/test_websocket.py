@@ -5,6 +5,7 @@ from typing import Any, Self
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbscope import (
     Database,
@@ -394,7 +395,7 @@ async def test_database_made_from_a_url_is_disposed_of_at_shutdown(drive, url, t
     database = Database(url)
     app = DBSessionMiddleware(lifespan_app, database=database)
     engine = database.owned_engine
-    assert engine is not None
+    assert isinstance(engine, AsyncEngine)
     sa.event.listen(engine.sync_engine, "close", lambda *args: timeline.append("close"))
 
     for _ in range(2):

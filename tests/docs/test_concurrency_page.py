@@ -1,6 +1,7 @@
 """At the same time: each example of the page does what the page says."""
 
 import asyncio
+from typing import Any
 
 import httpx
 import pytest
@@ -188,7 +189,7 @@ async def make_database(example):
     """Make a database over the example's file, with a pool of its own."""
     engines = []
 
-    def make(size: int) -> Database:
+    def make(size: int) -> Database[Any]:
         engine = create_async_engine(example.engine.url, pool_size=size, max_overflow=0)
         engines.append(engine)
         return Database(engine, name="small")

@@ -1,5 +1,7 @@
 """Hooks: each example of the page does what the page says."""
 
+from typing import Any
+
 import pytest
 
 from asgi_dbscope import Database, Outcome
@@ -107,7 +109,7 @@ async def test_hook_that_fails_is_logged_and_the_others_run(example, serve, capl
 @runs("hooks.md", *APP)
 async def test_hooks_of_mid_request_run_with_what_ends_their_transaction(example, serve):
     """`session.commit()`, `session.rollback()` and `release()` run the hooks there and then."""
-    seen = []
+    seen: list[object] = []
     async with serve(example.app), example.db.session_scope() as session:
         example.db.on_completion(seen.append)
         await session.commit()
@@ -140,9 +142,9 @@ async def test_hooks_of_mode_manual_follow_your_commit(example, serve):
 @runs("hooks.md", *APP)
 async def test_hooks_outside_of_a_transaction_run_at_once(example, serve, mode):
     """Outside of a transaction on-commit hooks run at once, and on-rollback hooks never."""
-    seen = []
+    seen: list[object] = []
 
-    def register(database: Database) -> None:
+    def register(database: Database[Any]) -> None:
         database.on_commit(seen.append, "commit")
         database.on_rollback(seen.append, "rollback")
         database.on_completion(seen.append)

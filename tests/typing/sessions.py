@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Annotated, assert_type
 
 from fastapi import Depends, FastAPI
-from sqlalchemy import URL, create_engine, select
+from sqlalchemy import URL, select
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -73,8 +73,7 @@ def plain_session_factory(engine: AsyncEngine) -> None:
 
 
 def wrong_sources_are_told() -> None:
-    """A synchronous engine, or nothing at all, is no source of sessions."""
-    Database(create_engine("sqlite://"))  # type: ignore[call-overload]
+    """Nothing at all is no source of sessions."""
     Database()  # type: ignore[call-overload]
     Database(create_async_engine("sqlite+aiosqlite://"), mode="atomic")  # type: ignore[call-overload]
     Database(create_async_engine("sqlite+aiosqlite://"), "name")  # type: ignore[call-overload]
@@ -127,10 +126,6 @@ def session_scope_keeps_the_signature(db: Database[MySession]) -> None:
     assert_type(asyncio.run(job(1, note="x")), str)
     asyncio.run(job("1"))  # type: ignore[arg-type]
     asyncio.run(job(1, nte="x"))  # type: ignore[call-arg]
-
-    @db.session_scope()  # type: ignore[arg-type]
-    def plain() -> int:
-        return 1
 
 
 class Consumer:

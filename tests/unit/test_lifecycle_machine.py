@@ -22,6 +22,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbscope import (
     Database,
@@ -470,7 +471,7 @@ def real(tmp_path: Path) -> Iterator[RealDatabase]:
     real = RealDatabase(observer, loop, database)
 
     async def create() -> None:
-        assert database.owned_engine is not None
+        assert isinstance(database.owned_engine, AsyncEngine)
         async with database.owned_engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
             await connection.execute(sa.insert(Item).values(id=TAKEN))
