@@ -374,14 +374,22 @@ def _before_commit(session: Any) -> None:
 
 def _after_commit(session: Any) -> None:
     use: SessionUse | None = session.use
-    if use is not None and use.connections and not session.in_nested_transaction():
+    if use is None or session.in_nested_transaction():
+        return
+    if use.connections:
         use.scope.advance(Event.COMMITTED)
+    else:
+        use.scope.note_end(Outcome.COMMITTED)
 
 
 def _after_soft_rollback(session: Any, previous_transaction: SessionTransaction) -> None:
     use: SessionUse | None = session.use
-    if use is not None and use.scope.agenda is not None and previous_transaction.nested:
+    if use is None or use.scope.agenda is None:
+        return
+    if previous_transaction.nested:
         use.scope.agenda.roll_back_to(previous_transaction)
+    elif previous_transaction.parent is None:
+        use.scope.note_end(Outcome.ROLLED_BACK)
 
 
 def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
