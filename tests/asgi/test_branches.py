@@ -45,7 +45,7 @@ async def make_db(engine, make_engine):
 
     def make(size, **options: Any):
         driver = "sqlite" if engine.dialect.name == "sqlite" else engine.dialect.driver
-        made.append(make_engine(driver, pool_size=size, max_overflow=0, pool_timeout=5))
+        made.append(make_engine(driver, pool_size=size, max_overflow=0, pool_timeout=30))
         return Database(made[-1], **options)
 
     yield make

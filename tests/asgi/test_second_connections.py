@@ -11,7 +11,7 @@ from asgi_dbscope import Database, DBSessionMiddleware, PoolTooSmallError
 from tests.fix_asgi import body, start
 from tests.fix_database import Item
 
-AT_ONCE = 5.0
+AT_ONCE = 20.0
 """Seconds; the pool itself would wait for thirty."""
 
 

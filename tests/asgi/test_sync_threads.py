@@ -34,6 +34,8 @@ from tests.sync_apps import Rows, committed, endpoint
 
 pytest_plugins = ["tests.fix_sync"]
 
+LOCK = 4714
+
 SyncDatabase = Database[Session]
 MakeEngine = Callable[..., sa.Engine]
 in_thread = anyio.to_thread.run_sync
@@ -469,15 +471,17 @@ async def test_statement_that_outlasts_its_grace_is_cut_off_in_the_driver(
         session.scalar(sa.select(1))
         loop.call_soon_threadsafe(inside.set)
         try:
-            session.execute(sa.text("SELECT pg_sleep(1)"))
+            session.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
         finally:
             loop.call_soon_threadsafe(left.set)
 
-    task = asyncio.ensure_future(drive(DBSessionMiddleware(endpoint(work), database=db)))
-    await inside.wait()
-    async with cancelled(task):
-        pass
-    was_running = not left.is_set()
+    with sync_engine.connect() as holder:  # whom the statement waits for
+        holder.execute(sa.select(sa.func.pg_advisory_xact_lock(LOCK)))
+        task = asyncio.ensure_future(drive(DBSessionMiddleware(endpoint(work), database=db)))
+        await inside.wait()
+        async with cancelled(task):
+            pass
+        was_running = not left.is_set()
     await left.wait()
 
     assert isinstance(task.result().error, asyncio.CancelledError)
