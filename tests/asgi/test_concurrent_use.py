@@ -1,6 +1,8 @@
 """Two tasks in one session: an error that names both, or a queue."""
 
 import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
@@ -158,6 +160,51 @@ async def test_object_added_during_the_flush_of_another_task_is_refused(db, rows
         await task
 
     assert [1] == await rows()
+
+
+async def test_object_added_by_a_thread_during_the_flush_of_a_task_is_refused(db, rows):
+    """G13: A worker thread's `session.add()` is refused too while a task is inside."""
+    with ThreadPoolExecutor(1) as pool:
+        async with db.session_scope() as session:
+            task = asyncio.create_task(write(session, 1))
+            await asyncio.sleep(0)  # now it is inside its flush, and the loop waits for the thread
+            with pytest.raises(ConcurrentSessionUseError, match="is inside it"):
+                pool.submit(session.add, Item(id=2)).result(10)
+            await task
+
+    assert [1] == await rows()
+
+
+class Compiled(Coroutine):
+    """A coroutine that shows neither its code nor its frame, as one of a compiled module."""
+
+    def __init__(self, coroutine):
+        self._coroutine = coroutine
+
+    def __await__(self):
+        return self._coroutine.__await__()
+
+    def send(self, value):
+        return self._coroutine.send(value)
+
+    def throw(self, *error):
+        return self._coroutine.throw(*error)
+
+    def close(self):
+        self._coroutine.close()
+
+
+async def test_tasks_that_do_not_show_what_they_run_are_named(db):
+    """G13: Of a task whose coroutine is compiled the error tells the name, and nothing more."""
+    async with db.session_scope() as session:
+        await write(session, 1)
+        first = asyncio.create_task(Compiled(load_orders(db)), name="orders")
+        second = asyncio.create_task(Compiled(load_customer(db)), name="customer")
+        await asyncio.wait([first, second])
+        assert 1 == first.result()
+
+    told = str(second.exception())
+    assert ": task 'customer' uses the session while task 'orders' is inside it." in told
 
 
 async def test_tasks_one_after_the_other_may_share_a_session(db, rows):

@@ -28,6 +28,28 @@ async def test_operation_outside_of_any_loop_is_told(db):
             await asyncio.to_thread(session.sync_session.execute, sa.select(sa.literal(1)))
 
 
+async def test_callback_of_the_loop_finds_what_the_session_has_loaded(db):
+    """G9: A callback runs in no task: it may look objects up as long as the scope is open."""
+    loop = asyncio.get_running_loop()
+    found = asyncio.Queue()
+
+    def look_up(session):
+        try:
+            found.put_nowait(session.sync_session.get(Item, 1))
+        except SessionScopeClosedError as error:
+            found.put_nowait(error)
+
+    async with db.session_scope() as session:
+        item = Item(id=1)
+        session.add(item)
+        await session.flush()
+        loop.call_soon(look_up, session)
+        assert item is await found.get()
+    loop.call_soon(look_up, session)
+
+    assert isinstance(await found.get(), SessionScopeClosedError)
+
+
 async def test_session_that_is_asked_for_twice_at_once_is_made_once(db):
     """G11: whoever comes second gets the first one's."""
     async with db.session_scope() as session:

@@ -323,6 +323,35 @@ async def test_block_inside_a_request_is_the_innermost_of_its_database(first, se
     assert [1] == await rows()
 
 
+async def test_session_of_another_app_may_be_used_where_its_database_has_none(
+    first, second, drive, rows
+):
+    """G11: In a request that has no session of that database another request's is no mix-up."""
+    is_open, is_used = asyncio.Event(), asyncio.Event()
+    lent = []
+
+    async def lending(scope, receive, send):
+        lent.append(first.session)
+        is_open.set()
+        await is_used.wait()
+        await answer(send)
+
+    async def borrowing(scope, receive, send):
+        lent[0].add(Item(id=1))
+        await lent[0].flush()
+        await answer(send)
+
+    task = asyncio.create_task(drive(DBSessionMiddleware(lending, database=first)))
+    await is_open.wait()
+    borrower = await drive(DBSessionMiddleware(borrowing, database=second))
+    assert [] == await rows()
+    is_used.set()
+    lender = await task
+
+    assert (None, None) == (borrower.error, lender.error)
+    assert [1] == await rows()
+
+
 async def test_session_proxy_of_each_database(first, second, second_engine, drive, rows):
     """G11: Objects built at import hold a proxy, and write through it to their own database."""
 

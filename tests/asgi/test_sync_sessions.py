@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import anyio.to_thread
@@ -674,6 +675,23 @@ async def test_error_of_a_hook_is_logged_or_raised(
     assert "failed; the others run" in caplog.text
 
 
+def test_error_of_a_hook_does_not_replace_the_error_under_way(
+    sync_db: SyncDatabase, sync_rows: Rows, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hook's error, raised on request, is only logged where the scope fails already."""
+
+    def fail() -> None:
+        raise LookupError("the hook's")
+
+    with pytest.raises(ValueError, match="the scope's"), sync_db.session_scope():
+        add(1)()
+        sync_db.on_rollback(fail, on_error="raise")
+        raise ValueError("the scope's")
+
+    assert ["session_scope(): a hook failed"] == caplog.messages
+    assert [] == sync_rows()
+
+
 async def test_coroutine_function_is_no_hook_of_threads(sync_db: SyncDatabase) -> None:
     """A coroutine function as a hook is refused, with what to do instead."""
 
@@ -708,6 +726,36 @@ def test_script_commits_and_rolls_back_without_an_event_loop(
         session.execute(sa.select(1))
     with pytest.raises(NoSessionScopeError):
         current_session()
+
+
+def test_swallowed_failure_of_a_joined_block_fails_the_script(
+    sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """G4: a script's scope that swallowed a joined block's error is rolled back, and says so."""
+    error = ValueError("boom")
+
+    with pytest.raises(RollbackOnlyError) as caught, sync_db.session_scope():
+        add(1)()
+        with pytest.raises(ValueError, match="boom"), sync_db.transactional():
+            raise error
+
+    assert error is caught.value.__cause__
+    assert [] == sync_rows()
+
+
+def test_error_that_would_commit_rolls_back_after_a_swallowed_failure(
+    sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """G4: an error named in no_rollback_for comes out as it is, and keeps nothing of a failure."""
+    outer = sync_db.transactional("REQUIRES_NEW", no_rollback_for=LookupError)
+
+    with pytest.raises(LookupError, match="known"), outer:
+        add(1)()
+        with pytest.raises(ValueError, match="boom"), sync_db.transactional():
+            raise ValueError("boom")
+        raise LookupError("known")
+
+    assert [] == sync_rows()
 
 
 def test_failed_commit_of_a_script_is_raised(sync_db: SyncDatabase, sync_rows: Rows) -> None:
@@ -803,6 +851,84 @@ def test_timeout_of_a_block_rolls_it_back(sync_db: SyncDatabase, sync_rows: Rows
             pass
 
     assert [] == sync_rows()
+
+
+def test_statement_after_the_timeout_of_a_block_is_refused(
+    sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """A statement that comes after the block's timeout isn't run; the block is rolled back."""
+    with pytest.raises(TransactionTimeoutError), sync_db.transactional(timeout=0.01) as session:
+        session.add(Item(id=1))
+        deadline = sync_db.scope.deadline
+        assert deadline is not None
+        while deadline > time.monotonic():
+            pass
+        with pytest.raises(TransactionTimeoutError, match="timeout has passed"):
+            session.execute(sa.select(1))
+
+    assert [] == sync_rows()
+
+
+def test_block_whose_session_cannot_be_made_leaves_no_scope(sync_db: SyncDatabase) -> None:
+    """Where the session's class refuses to be made, its error is raised and no scope stays open."""
+
+    def refuse(**options: object) -> Session:
+        raise LookupError("no session")
+
+    factory: Any = sync_db.session_factory
+    factory.class_ = refuse
+    with pytest.raises(LookupError, match="no session"), sync_db.transactional():
+        pass
+
+    with pytest.raises(NoSessionScopeError):
+        sync_db.scope  # noqa: B018
+
+
+def test_block_whose_beginning_fails_leaves_the_scope_as_it_was(
+    sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """Where the COMMIT of what autobegan fails, the block isn't entered and the scope goes on."""
+    with sync_db.session_scope(mode="autocommit") as session:
+        session.add_all([Item(id=1), Child(id=1, item_id=99), Child(id=1, item_id=98)])
+        with pytest.raises(sa.exc.IntegrityError), sync_db.transactional():
+            pass
+        assert not sync_db.scope.boundaries
+        with sync_db.transactional():
+            session.add(Item(id=2))
+
+    assert 2 in sync_rows()
+
+
+@pytest.mark.parametrize("is_failing", [True, False])
+def test_block_that_outlives_its_scope_claims_no_success(
+    sync_db: SyncDatabase, is_failing: bool
+) -> None:
+    """G9: A block left after its scope's end raises its own error, or else says that it's late."""
+    scope = sync_db.session_scope(mode="autocommit")
+    block = sync_db.transactional()
+    error: type[Exception] = LookupError if is_failing else SessionScopeClosedError
+
+    scope.__enter__()
+    with pytest.raises(error), block as session:
+        session.add(Item(id=1))
+        scope.__exit__(None, None, None)
+        if is_failing:
+            raise LookupError("its own")
+
+
+def test_failure_swallowed_inside_a_savepoint_fails_that_block_only(
+    sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """G21: A NESTED block in which a joined block failed is rolled back and says so; no other."""
+    with sync_db.transactional():
+        add(1)()
+        with pytest.raises(RollbackOnlyError) as caught, sync_db.transactional("NESTED"):
+            add(2)()
+            with suppress(LookupError), sync_db.transactional():
+                raise LookupError("swallowed")
+
+    assert isinstance(caught.value.__cause__, LookupError)
+    assert [1] == sync_rows()
 
 
 @pytest.mark.parametrize("sync_engine", ["psycopg"], indirect=True)
