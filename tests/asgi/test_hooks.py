@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import (
+    AmbiguousDatabaseError,
     ConfigurationError,
     Database,
     DBSessionMiddleware,
@@ -151,6 +152,18 @@ async def test_hooks_of_the_module_are_those_of_the_one_database(engine, calls, 
     on_commit(calls.note, "at once")
 
     assert [*COMMITTED, ("at once",)] == calls
+
+
+async def test_hook_of_the_module_outside_of_a_scope_asks_which_database(calls, monkeypatch):
+    """Outside of any scope `on_commit()` doesn't choose between several databases."""
+    monkeypatch.setattr(_current, "known", WeakSet())
+    databases = [Database("sqlite+aiosqlite://", name=name) for name in ("orders", "reports")]
+
+    with pytest.raises(AmbiguousDatabaseError, match="'orders', 'reports'"):
+        on_commit(calls.note)
+
+    assert 2 == len(databases)
+    assert [] == calls
 
 
 async def test_hook_of_the_module_says_where_there_is_no_database(calls, monkeypatch):
@@ -672,6 +685,30 @@ async def test_late_hook_of_a_scope_inside_a_request_waits_for_the_response(
     await drive(DBSessionMiddleware(app, database=db))
 
     assert ["start 200", "last body", "late"] == timeline[4:]
+
+
+async def test_late_hook_of_a_job_that_outlives_its_request_runs_at_the_job_s_end(
+    db, drive, timeline
+):
+    """A late hook waits for no response that is over: it runs when the job's scope has closed."""
+    is_answered = asyncio.Event()
+    jobs = []
+
+    async def job():
+        await is_answered.wait()
+        async with db.session_scope():
+            db.on_commit(timeline.append, "late", when="after_response")
+            timeline.append("job")
+
+    async def app(scope, receive, send):
+        jobs.append(asyncio.create_task(job()))
+        await respond(send)
+
+    await drive(DBSessionMiddleware(app, database=db))
+    is_answered.set()
+    await asyncio.gather(*jobs)
+
+    assert ["start 200", "last body", "job", "late"] == timeline
 
 
 async def test_late_hook_of_the_body_and_of_background_work_runs_at_the_end(db, drive, timeline):
