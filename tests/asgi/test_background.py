@@ -7,7 +7,7 @@ import anyio
 import pytest
 import sqlalchemy as sa
 
-from asgi_dbscope import DBSessionMiddleware
+from asgi_dbscope import DBSessionMiddleware, RollbackOnlyError
 from tests.fix_asgi import body, start
 from tests.fix_database import Child, Item
 
@@ -85,6 +85,30 @@ async def test_failed_commit_of_background_work_is_logged(db, drive, rows, caplo
     assert ["GET /: work after the response was not committed"] == caplog.messages
     assert caplog.records[0].exc_info is not None
     assert isinstance(caplog.records[0].exc_info[1], sa.exc.IntegrityError)
+    assert [1] == await rows()
+
+
+async def test_swallowed_failure_of_a_block_in_background_work_is_logged(db, drive, rows, caplog):
+    """G8, G4: Too late for an error response: the work is rolled back, and the log says why."""
+    error = ValueError("boom")
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await respond(send)
+        db.session.add(Item(id=2))
+        with pytest.raises(ValueError, match="boom"):
+            async with db.transactional():
+                raise error
+        return "returned"
+
+    with caplog.at_level(logging.ERROR, "asgi_dbscope"):
+        exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert (None, "returned") == (exchange.error, exchange.result)
+    assert ["GET /: work after the response is rolled back"] == caplog.messages
+    assert caplog.records[0].exc_info is not None
+    assert isinstance(caplog.records[0].exc_info[1], RollbackOnlyError)
+    assert error is caplog.records[0].exc_info[1].__cause__
     assert [1] == await rows()
 
 
