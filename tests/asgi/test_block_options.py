@@ -6,6 +6,8 @@ from contextlib import suppress
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
 
 from asgi_dbscope import (
     ConfigurationError,
@@ -638,3 +640,10 @@ async def test_wrong_label_transactions_is_told_at_once(engine):
     if engine.dialect.name == "sqlite":
         with pytest.raises(ConfigurationError, match="is PostgreSQL's; on sqlite use 'comment'"):
             Database(engine, label_transactions="application_name")
+
+
+@pytest.mark.parametrize("factory", [sessionmaker, async_sessionmaker])
+def test_label_transactions_needs_an_engine_to_label(factory):
+    """A session factory that is bound to no engine can't have `label_transactions`."""
+    with pytest.raises(ConfigurationError, match="bound to an engine"):
+        Database(factory(), label_transactions="comment")
