@@ -10,6 +10,7 @@ from typing import Any, Self
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.util import await_only
 
 import asgi_dbscope
 from asgi_dbscope import Database, DBSessionMiddleware, Outcome, State, current_scope
@@ -458,6 +459,34 @@ async def test_commit_that_is_never_answered_is_given_up_in_doubt(engine):
     assert task.cancelled()
     assert not run.has_head
     assert Outcome.IN_DOUBT is run.scope.outcome
+
+
+async def test_commit_that_nobody_reports_on_is_in_doubt(engine, rows):
+    """G10, G15: Cancelled in a listener to COMMIT, the scope doesn't claim to know its end."""
+    db = Database(engine, cleanup_timeout=0.05)
+    is_reached = asyncio.Event()
+    scopes = []
+
+    def wait_for_ever(connection):
+        is_reached.set()
+        await_only(asyncio.Event().wait())
+
+    async def job():
+        async with db.session_scope():
+            scopes.append(db.scope)
+            await use(db, 1)
+            sa.event.listen(engine.sync_engine, "commit", wait_for_ever)
+
+    task = asyncio.create_task(job())
+    await is_reached.wait()
+    task.cancel()
+    async with asyncio.timeout(ENOUGH):
+        await asyncio.wait([task])
+    sa.event.remove(engine.sync_engine, "commit", wait_for_ever)
+
+    assert task.cancelled()
+    assert Outcome.IN_DOUBT is scopes[0].outcome
+    assert [] == await rows()
 
 
 @pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
