@@ -1,5 +1,6 @@
 """The demo, as a person runs it: a process of its own, real servers, real databases."""
 
+import logging
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from rich.console import Console
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_dbscope.__main__ import main
+from asgi_dbscope._demo.command import Demo
 from asgi_dbscope._demo.ledger import Transfer
 from asgi_dbscope._demo.steps import STEPS, Facts, judge
 from asgi_dbscope._demo.store import DemoError, Store, open_stores
@@ -184,6 +186,18 @@ def test_order_is_what_counts():
     assert claim("checkout", "BEGIN", "COMMIT", "checkin", "head 201", "last byte")
     assert not claim("checkout", "BEGIN", "head 201", "COMMIT", "checkin", "last byte")
     assert not claim("checkout", "BEGIN", "error in COMMIT", "checkin", "head 201", "last byte")
+
+
+def test_exit_status_is_the_tour_s(monkeypatch, capsys):
+    """G1: A tour on which every guarantee was kept ends with the status of a success."""
+    monkeypatch.setenv("COLUMNS", "100")
+    try:
+        status = Demo(None, 0, once=True, keep=False, steps=STEPS[:1]).run()
+    finally:
+        logging.disable(logging.NOTSET)  # the demo shows errors instead of logging them
+
+    ((title, (_, ours, _)),) = summary(capsys.readouterr().out).items()
+    assert (0, STEPS[0].title, "kept") == (status, title, ours)
 
 
 def test_terminal_gets_lines_and_colours():
