@@ -231,6 +231,27 @@ async def test_same_options_after_the_first_use_change_nothing(db, drive):
     assert exchange.error is None
 
 
+async def test_options_set_inside_a_block_leave_its_transaction_what_it_is(db, drive, rows):
+    """A block in autocommit goes on as a transaction, and what was set in it holds after it."""
+
+    @session_options(mode="autocommit")
+    async def app(scope, receive, send):
+        with pytest.raises(LookupError):
+            async with db.transactional() as session:
+                await session_options(stream="error").apply()
+                await session.execute(insert(1))
+                raise LookupError
+        await send(start(200))
+        with pytest.raises(StreamSessionError):
+            await db.session.execute(insert(2))
+        await send(body(b"ok"))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert exchange.error is None
+    assert [] == await rows()
+
+
 async def test_options_that_matter_at_the_head_may_come_late(db, drive, rows):
     """G3: The commit policy can be set to the very moment of the head."""
 

@@ -82,6 +82,25 @@ async def test_commit_by_hand_in_a_dry_run_is_refused(db, drive, rows, timeline)
     assert [] == await rows()
 
 
+async def test_commit_by_hand_of_nothing_in_a_dry_run_is_no_commit_for_its_hooks(db, drive):
+    """G4: A commit() before any statement has nothing to refuse, and no on-commit hook runs."""
+    calls: list[object] = []
+
+    async def app(scope, receive, send):
+        db.scope.set_rollback_only()
+        db.on_commit(calls.append, "committed")
+        db.on_rollback(calls.append, "rolled back")
+        await db.session.commit()
+        assert [] == calls
+        await send(start(200))
+        await send(body())
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert (200, None) == (exchange.status, exchange.error)
+    assert ["rolled back"] == calls
+
+
 async def test_begin_block_in_a_dry_run_is_refused_its_commit(db, drive, rows):
     """G4: the end of the user's own `session.begin()` block commits nothing either."""
 
