@@ -469,6 +469,24 @@ async def test_block_is_left_in_another_context_than_it_was_entered_in(db, rows)
     assert [1] == await rows()
 
 
+async def test_block_that_is_left_before_the_one_inside_it_ends_alone(db, rows):
+    """Exits may run in the wrong order (two fixtures, two generators): each ends its own block."""
+    outer, inner = db.transactional(), db.transactional("REQUIRES_NEW")
+
+    async def work():
+        first = await outer.__aenter__()
+        second = await inner.__aenter__()
+        first.add(Item(id=1))
+        await outer.__aexit__(None, None, None)
+        assert [1] == await rows()
+        second.add(Item(id=2))
+        await inner.__aexit__(None, None, None)
+
+    await asyncio.create_task(work())
+
+    assert [1, 2] == await rows()
+
+
 async def test_block_that_was_not_entered_here_and_is_open_twice_is_told(db, rows):
     """Where nobody can know which entry is meant, leaving is an error and nothing is ended."""
     block = db.transactional()
