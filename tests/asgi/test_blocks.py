@@ -12,6 +12,7 @@ from weakref import WeakSet
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import await_only
 
 from asgi_dbscope import (
     ConcurrentSessionUseError,
@@ -278,13 +279,15 @@ async def test_block_that_outlives_its_scope_claims_no_success(db, rows):
             is_inside.set()
             await has_ended.wait()
 
-    async with db.session_scope(mode="autocommit"):
-        task = asyncio.create_task(work())
-        await is_inside.wait()
+    with pytest.raises(ConcurrentSessionUseError, match="open in a child task"):
+        async with db.session_scope(mode="autocommit"):
+            task = asyncio.create_task(work())
+            await is_inside.wait()
     has_ended.set()
 
     with pytest.raises(SessionScopeClosedError):
         await task
+    assert [] == await rows()
 
 
 async def test_block_that_outlives_its_scope_and_raises_raises_just_that(db):
@@ -297,9 +300,10 @@ async def test_block_that_outlives_its_scope_and_raises_raises_just_that(db):
             await has_ended.wait()
             raise ServiceError
 
-    async with db.session_scope(mode="autocommit"):
-        task = asyncio.create_task(work())
-        await is_inside.wait()
+    with pytest.raises(ConcurrentSessionUseError):
+        async with db.session_scope(mode="autocommit"):
+            task = asyncio.create_task(work())
+            await is_inside.wait()
     has_ended.set()
 
     with pytest.raises(ServiceError):
@@ -801,6 +805,33 @@ async def test_nested_block_set_rollback_only_after_a_commit_inside_is_not_kept(
             await write(session, 2)
 
     assert [1] == await rows()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_savepoint_that_another_task_is_rolling_back_is_waited_for(db, engine, rows, fails):
+    """A NESTED block that ends in the middle of another task's rollback() leaves it that."""
+    is_reached, may_go_on = asyncio.Event(), asyncio.Event()
+
+    def wait(*args):
+        is_reached.set()
+        await_only(may_go_on.wait())
+
+    async with db.session_scope() as session:
+        await write(session, 1)
+        sa.event.listen(engine.sync_engine, "rollback_savepoint", wait)
+        with suppress(ServiceError):
+            async with db.transactional("NESTED"):
+                await write(session, 2)
+                other = asyncio.create_task(session.rollback())
+                await is_reached.wait()
+                asyncio.get_running_loop().call_soon(may_go_on.set)  # as the block is ending
+                if fails:
+                    raise ServiceError
+        assert other.done()
+        await other
+        await write(session, 3)
+
+    assert [3] == await rows()
 
 
 @pytest.mark.parametrize("engine", ["asyncpg", "psycopg"], indirect=True)
