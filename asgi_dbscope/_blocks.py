@@ -15,7 +15,7 @@ from asgi_dbscope import _current
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._scope import SessionScope
-from asgi_dbscope.errors import ConfigurationError, RollbackOnlyError
+from asgi_dbscope.errors import ConfigurationError, DBScopeError, RollbackOnlyError
 
 if TYPE_CHECKING:
     import asyncio
@@ -208,7 +208,9 @@ class OwnScope(Generic[S]):
         self.leave()
         try:
             ending = self.scope.decide(cause)
-        except RollbackOnlyError:
+            if ending is Ending.COMMIT:
+                self.scope.check_blocks()
+        except DBScopeError:
             if not is_failing:
                 redeliver(await self.scope.close(Ending.ROLLBACK, is_failing=True))
                 raise

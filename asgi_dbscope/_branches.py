@@ -133,7 +133,8 @@ async def gather(
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(gathering.run(each)) for each in awaitables]
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        first = errors.exceptions[0]
+        raise first from first.__cause__
     finally:
         _discard(awaitables)
     return [task.result() for task in tasks]

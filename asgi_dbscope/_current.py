@@ -9,10 +9,11 @@ scope is the innermost one of the chain.
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from contextvars import ContextVar
 from inspect import Signature
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -20,10 +21,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from asgi_dbscope.errors import AmbiguousDatabaseError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import Iterable
-    from typing import Any, Protocol
+    from typing import Protocol
 
+    from asgi_dbscope._boundary import Boundary
     from asgi_dbscope._database import Database
     from asgi_dbscope._scope import SessionScope
 
@@ -69,6 +70,26 @@ innermost: ContextVar[ScopeHolder | None] = ContextVar("asgi_dbscope", default=N
 
 get_innermost, set_innermost, reset_innermost = innermost.get, innermost.set, innermost.reset
 """Bound once: binding them costs a request more than calling them."""
+
+
+innermost_block: ContextVar[Any] = ContextVar("asgi_dbscope_block", default=None)
+"""The innermost transactional block entered in this context, linked to those around it."""
+
+
+def is_of_another_task(boundary: Boundary) -> bool:
+    """Whether a block is open in another task, and this code is not inside of it.
+
+    A block whose task is over was opened in a generator that is driven from elsewhere.
+    """
+    task = boundary.task
+    if task is None or task.done() or task is asyncio.current_task():
+        return False
+    entered = innermost_block.get()
+    while entered is not None:
+        if entered.boundary is boundary:
+            return False
+        entered = entered.outer
+    return True
 
 
 def find_scope(database: Database[Any]) -> SessionScope[Any] | None:

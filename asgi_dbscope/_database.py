@@ -26,7 +26,7 @@ from asgi_dbscope._hooks import HookRegistrar
 from asgi_dbscope._options import Concurrency, LabelTransactions, ScopeOptions, check_choice
 from asgi_dbscope._policy import Cause
 from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
-from asgi_dbscope._propagation import Propagation
+from asgi_dbscope._propagation import Propagation, PropagationName
 from asgi_dbscope._transactional import TransactionalBlock
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
@@ -345,7 +345,7 @@ class Database(Generic[S]):
     @overload
     def transactional(
         self,
-        propagation: Propagation | str = ...,
+        propagation: Propagation | PropagationName = ...,
         *,
         isolation_level: str | None = ...,
         read_only: bool | None = ...,
@@ -524,7 +524,7 @@ def transactional(propagation: F, /) -> F: ...
 
 @overload
 def transactional(
-    propagation: Propagation | str = ...,
+    propagation: Propagation | PropagationName = ...,
     *,
     database: str | None = ...,
     isolation_level: str | None = ...,

@@ -111,7 +111,9 @@ def is_statement_timeout(error: BaseException) -> bool:
 
 def label_transaction(connection: Connection, label: str) -> None:
     """Name the open transaction in ``pg_stat_activity`` and in the server's log."""
-    connection.execute(_APPLICATION_NAME, {"label": label[:63]})  # as much as PostgreSQL keeps
+    connection.execute(
+        _APPLICATION_NAME, {"label": label.replace("\0", "")[:63]}
+    )  # as much as PostgreSQL keeps
 
 
 def undo_read_only(

@@ -113,8 +113,6 @@ def _end_savepoint(scope: SessionScope[Any], savepoint: SessionTransaction, endi
 
 
 def _roll_back_to(scope: SessionScope[Any], savepoint: SessionTransaction) -> None:
-    if is_ended(savepoint):
-        return
     try:
         savepoint.rollback()
     except Exception as error:

@@ -89,7 +89,9 @@ def _comment(
     label = scopes[-1].block_label if scopes else None
     if label is None:
         return statement, parameters
-    text = label.replace("*/", "").replace("/*", "").replace("%", "%%")
+    text = label.replace("*", "").replace("\0", "")  # neither end of a comment is left in it
+    if connection.dialect.paramstyle in {"format", "pyformat"}:
+        text = text.replace("%", "%%")
     return f"{statement} /* {text} */", parameters
 
 

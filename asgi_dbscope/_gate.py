@@ -295,6 +295,9 @@ class ResponseGate:
     async def _settle_head(self, message: Message, exception: BaseException | None) -> None:
         head = self._read_head(message, exception)
         try:
+            for scope in self.scopes:
+                if scope.boundaries and _find_base_http_middleware() is None:
+                    scope.check_blocks()
             # Every decision before the first COMMIT, and rollbacks before commits.
             endings = [
                 (scope, scope.decide(Cause.HEAD, head))

@@ -96,6 +96,12 @@ async def _call_hooks(
                 answer = hook.call(outcome)
                 if inspect.isawaitable(answer):
                     await answer
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():  # out of grace
+                logger.error("%s: the hook %r and those after it were given up", scope.label, hook)  # noqa: TRY400 - nothing to see in the cancellation
+                raise
+            _tell(scope, hook, error)  # something that it waited for was cancelled, not we
         except Exception as error:  # noqa: BLE001 - logged or raised, as its hook says
             failure = _judge(scope, hook, error, failure)
     if failure is not None:
@@ -124,7 +130,11 @@ def _judge(
             f"then: {scope.outcome.name}."
         )
         return error
+    _tell(scope, hook, error)
+    return failure
+
+
+def _tell(scope: SessionScope[Any], hook: Hook, error: BaseException) -> None:
     logger.error(
         "%s: the hook %r failed; the others run", scope.label, hook.function, exc_info=error
     )
-    return failure

@@ -115,6 +115,10 @@ def _register(hook: Hook, database: Database[Any]) -> None:
 
 
 def _call_at_once(hook: Hook, database: Database[Any], scope: SessionScope[Any] | None) -> None:
+    if scope is not None:
+        scope.check_open()
+    elif hook.is_async:
+        _check_loop(hook)
     try:
         if database.is_sync:
             with database.hook_scope():
@@ -126,11 +130,34 @@ def _call_at_once(hook: Hook, database: Database[Any], scope: SessionScope[Any] 
             raise
         logger.exception("The hook %r failed", hook.function)
         return
-    if inspect.isawaitable(answer):
-        task = asyncio.get_running_loop().create_task(_run_in_scope(hook, answer, database))
-        running = _running if scope is None else scope.started_hooks()
-        running.add(task)
-        task.add_done_callback(running.discard)
+    if not inspect.isawaitable(answer):
+        return
+    if scope is None:
+        _start(hook, answer, database, _running)
+    elif asyncio._get_running_loop() is scope.loop or scope.loop is None:  # noqa: SLF001 - public, for those who ask often
+        _start(hook, answer, database, scope.started_hooks())
+    else:  # a worker thread
+        scope.loop.call_soon_threadsafe(_start, hook, answer, database, scope.started_hooks())
+
+
+def _check_loop(hook: Hook) -> None:
+    """Refuse a coroutine function where there is no event loop that it could run on."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        msg = (
+            f"{hook.function!r} is a coroutine function, and there is no event loop here that it "
+            "could run on. Use a plain function, or open a scope: `async with db.session_scope():`."
+        )
+        raise ConfigurationError(msg) from None
+
+
+def _start(
+    hook: Hook, answer: Any, database: Database[Any], running: set[asyncio.Task[None]]
+) -> None:
+    task = asyncio.get_running_loop().create_task(_run_in_scope(hook, answer, database))
+    running.add(task)
+    task.add_done_callback(running.discard)
 
 
 async def _run_in_scope(hook: Hook, answer: Any, database: Database[Any]) -> None:

@@ -6,13 +6,19 @@ The seven propagations and their meaning are Spring's (``TransactionDefinition``
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from asgi_dbscope._lifecycle import Fact
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+PropagationName = Literal[
+    "REQUIRED", "REQUIRES_NEW", "NESTED", "SUPPORTS", "NOT_SUPPORTED", "MANDATORY", "NEVER"
+]
+"""The names of :class:`Propagation`'s members."""
 
 
 class Propagation(StrEnum):

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
+from asgi_dbscope._current import is_of_another_task
 from asgi_dbscope._driver import end_transaction
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
 from asgi_dbscope._lifecycle import (
@@ -28,6 +29,7 @@ from asgi_dbscope._policy import Cause, Ending, decide_ending
 from asgi_dbscope._task_use import TaskUse
 from asgi_dbscope._thread_use import ThreadUse
 from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
     ConfigurationError,
     LateOptionsError,
     RollbackOnlyError,
@@ -99,6 +101,8 @@ class SessionScope(Lifecycle, Generic[S]):
     """
 
     # What few scopes have costs the others nothing: a default of the class.
+    abandoned = 0
+    """How often what was open was rolled back under its blocks: their other half must not stay."""
     agenda: Agenda | None = None
     boundaries: tuple[Boundary, ...] = ()
     deadline: float | None = None
@@ -456,6 +460,20 @@ class SessionScope(Lifecycle, Generic[S]):
             self.refuse_after(failure)
         return Ending.ROLLBACK
 
+    def check_blocks(self) -> None:
+        """Refuse to end well while a child task is in the middle of a block.
+
+        Raises:
+            ConcurrentSessionUseError: If one is.
+        """
+        for boundary in self.boundaries:
+            if is_of_another_task(boundary):
+                msg = (
+                    f"{self!r} ends while {boundary.label} is open in a child task: half of the "
+                    "block would be committed. It was rolled back. Await child tasks before."
+                )
+                raise ConcurrentSessionUseError(msg)
+
     async def settle(
         self, ending: Ending, *, is_failing: bool = False
     ) -> asyncio.CancelledError | None:
@@ -532,6 +550,9 @@ class SessionScope(Lifecycle, Generic[S]):
         for: the rollback follows it. What another task of the body does while this rolls back is
         the body's, too: nobody has heard of the client's leaving yet.
         """
+        self.abandoned += 1
+        for boundary in self.boundaries:
+            boundary.is_rollback_only = True
         while not self.is_settled():
             if self.use is not None and self.use.is_busy:
                 self.use.is_torn = True

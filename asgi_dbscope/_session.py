@@ -366,6 +366,7 @@ def _before_commit(session: Any) -> None:
     session.flush()  # what goes wrong here goes wrong before COMMIT
     use.is_committing = True
     if not use.connections:
+        use.scope.check_can_commit()
         return
     for connection in use.connections:
         refuse_if_aborted(connection)
@@ -396,6 +397,7 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     use: SessionUse | None = session.use
     if use is None or transaction.parent is not None:
         return
+    ends_block = use.is_begun_by_hand and use.user is None and use.ender is None
     use.has_written = False
     use.is_begun_by_hand = False
     use.is_committing = False
@@ -404,3 +406,5 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     use.connections.clear()
     if use.scope.state in OPEN:
         use.scope.advance(Event.ROLLED_BACK)
+    if ends_block and use.scope.agenda is not None:
+        use.run_hooks()  # of an `async with session.begin():` of the user's own

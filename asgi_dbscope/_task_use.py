@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbscope._completion import redeliver, run_to_completion
+from asgi_dbscope._current import is_of_another_task
 from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import SessionUse
@@ -103,6 +104,8 @@ class TaskUse(SessionUse):
         if self.user is not None:
             msg = self.concurrent_message(_describe(self.user), _describe(task))
             raise ConcurrentSessionUseError(msg)
+        if self.scope.boundaries:
+            self._check_block()
         if self.scope.holder is not None:
             self.scope.expect_second_connection()
         if self._last != id(task):
@@ -110,8 +113,21 @@ class TaskUse(SessionUse):
             self._last = id(task)
         self.user = task
 
+    def _check_block(self) -> None:
+        """Refuse what would be part of another task's block, and be rolled back with it."""
+        boundary = self.scope.boundaries[-1]
+        if is_of_another_task(boundary):
+            msg = (
+                f"{self.scope!r}: the session is used while another task has {boundary.label} open "
+                "on it; what is done here would be rolled back with that. Do one after the other, "
+                "or give this one a session of its own: `async with db.branch() as session:`."
+            )
+            raise ConcurrentSessionUseError(msg)
+
     def enter_registration(self) -> None:
         self.check_registration()
+        if self.scope.boundaries and self.user is None and _has_task():
+            self._check_block()
         if self._turns is None and self._is_used_by_another():
             msg = self.concurrent_message(_describe(self.user), "another")
             raise ConcurrentSessionUseError(msg)
@@ -123,10 +139,7 @@ class TaskUse(SessionUse):
     def _is_used_by_another(self) -> bool:
         if self.user is None:
             return False
-        try:
-            return asyncio.current_task() is not self.user
-        except RuntimeError:  # in a worker thread
-            return True
+        return not _has_task() or asyncio.current_task() is not self.user
 
     def leave(self, user: object, session: Session) -> None:
         if user is None:
@@ -190,6 +203,14 @@ class TaskUse(SessionUse):
 async def _in_time(operation: Coroutine[Any, Any, None], timeout: float) -> None:  # noqa: ASYNC109 - that is its point
     async with asyncio.timeout(timeout):
         await operation
+
+
+def _has_task() -> bool:
+    """Whether this is a task, and no worker thread."""
+    try:
+        return asyncio.current_task() is not None
+    except RuntimeError:
+        return False
 
 
 # --------------------------------------------------------------------------------------

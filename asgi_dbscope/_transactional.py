@@ -7,7 +7,6 @@ decide by the exception, close. The ends themselves are the scope's and its driv
 from __future__ import annotations
 
 import asyncio
-from contextvars import ContextVar
 from copy import copy
 from math import inf
 from time import monotonic
@@ -39,6 +38,7 @@ from asgi_dbscope._propagation import (
     ENTRIES,
     Entry,
     Propagation,
+    PropagationName,
     RollbackRules,
     Situation,
     check_propagation,
@@ -46,6 +46,7 @@ from asgi_dbscope._propagation import (
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     ConfigurationError,
+    RollbackOnlyError,
     TransactionForbiddenError,
     TransactionMismatchError,
     TransactionRequiredError,
@@ -68,9 +69,6 @@ SS = TypeVar("SS", bound=Session)
 JOIN, IN_TRANSACTION, CLOSED = Entry.JOIN, Situation.IN_TRANSACTION, State.CLOSED
 """Looked up once: joining should cost nothing."""
 
-_innermost: ContextVar[_Entered | None] = ContextVar("asgi_dbscope_block", default=None)
-"""The innermost block entered in this context."""
-
 
 class _Entered:
     """One entry of a transactional block.
@@ -85,9 +83,16 @@ class _Entered:
         joined: The boundary that it is inside of.
 
         outer: The entry around this one, in this context.
+
+        task: Who entered it; ``None`` for a synchronous database.
+
+        abandoned: How often the scope had been abandoned by then.
     """
 
-    __slots__ = ("block", "joined", "kind", "outer", "scope", "token")
+    boundary: Boundary | None = None
+    """It has nothing of its own to end."""
+
+    __slots__ = ("abandoned", "block", "joined", "kind", "outer", "scope", "task", "token")
 
     def __init__(
         self, block: TransactionalBlock[Any], kind: Entry, scope: SessionScope[Any]
@@ -95,41 +100,43 @@ class _Entered:
         self.block = block
         self.kind = kind
         self.scope = scope
+        self.abandoned = scope.abandoned
+        self.task = None if scope.database.is_sync else asyncio.current_task()
         self.joined: Boundary | None = None
-        self.outer = outer = _innermost.get()
+        self.outer = _current.innermost_block.get()
         if scope.boundaries:
-            self._join(scope.boundaries[-1], outer)
-        self.token: Token[_Entered | None] = _innermost.set(self)
+            self._join(scope.boundaries[-1])
+        self.token: Token[_Entered | None] = _current.innermost_block.set(self)
         block.live.add(self)
 
-    def _join(self, boundary: Boundary, outer: _Entered | None) -> None:
+    def _join(self, boundary: Boundary) -> None:
         """Take part in a block that is open, unless it is another task's.
 
         Its end would be this one's. Threads are told by the session itself, if they use it at the
         same time.
         """
-        task = boundary.task
-        if not (task is None or task.done() or task is asyncio.current_task()):
-            while outer is None or getattr(outer, "boundary", None) is not boundary:
-                if outer is None:
-                    msg = (
-                        f"{self.block.label} was entered while another task has {boundary.label} "
-                        "open on the same session: what is done here would be rolled back with it. "
-                        "Run one after the other, or give this one a session of its own: `async "
-                        "with db.branch():`."
-                    )
-                    raise ConcurrentSessionUseError(msg)
-                outer = outer.outer
+        if _current.is_of_another_task(boundary):
+            msg = (
+                f"{self.block.label} was entered while another task has {boundary.label} open on "
+                "the same session: what is done here would be rolled back with it. Run one after "
+                "the other, or give this one a session of its own: `async with db.branch():`."
+            )
+            raise ConcurrentSessionUseError(msg)
         self.joined = boundary
         boundary.inner += 1
+
+    def is_here(self) -> bool:
+        """Whether whoever asks may be the one who entered it: no other task that is at work."""
+        task = self.task
+        return task is None or task is asyncio.current_task() or task.done()
 
     def leave(self) -> None:
         """It isn't the innermost block any more."""
         try:
-            _innermost.reset(self.token)
+            _current.innermost_block.reset(self.token)
         except ValueError:  # left in another context than entered
-            if _innermost.get() is self:
-                _innermost.set(self.outer)
+            if _current.innermost_block.get() is self:
+                _current.innermost_block.set(self.outer)
         self.block.live.discard(self)
         if self.joined is not None:
             self.joined.inner -= 1
@@ -144,9 +151,11 @@ class _Owning(_Entered):
         own: Its own scope, where it has one.
 
         limit: The timer of an asynchronous block with a timeout.
+
+        is_late: Whether its timeout has passed.
     """
 
-    __slots__ = ("boundary", "limit", "own")
+    __slots__ = ("boundary", "is_late", "limit", "own")
 
     def __init__(
         self,
@@ -158,10 +167,10 @@ class _Owning(_Entered):
         super().__init__(block, kind, scope)
         self.own = own
         self.limit: asyncio.Timeout | None = None
+        self.is_late = False
         self.boundary: Boundary | None = None
         if own is None:
-            task = None if scope.database.is_sync else asyncio.current_task()
-            self.boundary = Boundary(block.label, task)
+            self.boundary = Boundary(block.label, self.task)
 
     def ending(self, error: BaseException | None) -> Ending:
         """How the block ends that raised *error*."""
@@ -170,11 +179,11 @@ class _Owning(_Entered):
         is_success = error is None or not self.block.rules.rolls_back(error)
         return Ending.COMMIT if is_success else Ending.ROLLBACK
 
-    @property
-    def is_late(self) -> bool:
-        """Whether the block's timeout has passed."""
+    def look_at_the_clock(self) -> None:
+        """Decide, once, whether the block's timeout has passed."""
         deadline = self.scope.deadline
-        return self.block.timeout is not None and deadline is not None and monotonic() >= deadline
+        if self.block.timeout is not None and deadline is not None:
+            self.is_late = monotonic() >= deadline
 
     def judge(self, error: BaseException | None) -> tuple[Ending, Exception | None]:
         """How a block with a transaction or savepoint of its own ends, and what it raises then."""
@@ -226,7 +235,7 @@ class TransactionalBlock(Generic[S]):
         database: Database[S] | None,
         *,
         name: str | None = None,
-        propagation: Propagation | str = Propagation.REQUIRED,
+        propagation: Propagation | PropagationName = Propagation.REQUIRED,
         isolation_level: str | None = None,
         read_only: bool | None = None,
         timeout: float | None = None,
@@ -245,6 +254,12 @@ class TransactionalBlock(Generic[S]):
         self._changes = {key: value for key, value in given.items() if value is not None}
         self.demands_something = bool(self._changes) or self.timeout is not None
         ScopeOptions(**self._changes)
+        if self._changes and self.propagation in {Propagation.NOT_SUPPORTED, Propagation.NEVER}:
+            msg = (
+                f"propagation={self.propagation.value!r} never has a transaction that "
+                f"{' and '.join(self._changes)} could apply to; leave them out."
+            )
+            raise ConfigurationError(msg)
         self._database = database
         self._name = name
         self.label = label or self._default_label
@@ -369,6 +384,7 @@ class TransactionalBlock(Generic[S]):
         error, late = exc, None
         if entered.limit is not None:
             is_cancelled = await _stop(entered.limit, exc_type, exc, traceback)
+            entered.look_at_the_clock()
             late = entered.timed_out(exc, is_cancelled=is_cancelled)
             error = late or exc
         cancellation = await self._end(entered, error)
@@ -399,7 +415,8 @@ class TransactionalBlock(Generic[S]):
             else:
                 cancellation = await end_savepoint(scope, boundary, ending, error)
         finally:
-            scope.deadline = None
+            if self.timeout is not None:  # a savepoint inside leaves it alone
+                scope.deadline = None
             leave_block(scope, boundary)
         if refusal is not None:
             redeliver(cancellation)
@@ -441,6 +458,7 @@ class TransactionalBlock(Generic[S]):
         entered = self._leave(exc)
         if entered is None:
             return
+        entered.look_at_the_clock()
         late = entered.timed_out(exc)
         self._end_here(entered, late or exc)
         if late is not None:
@@ -458,7 +476,8 @@ class TransactionalBlock(Generic[S]):
         try:
             if scope.is_over:
                 return
-            scope.deadline = None
+            if self.timeout is not None:  # a savepoint inside leaves it alone
+                scope.deadline = None
             if boundary.savepoint is None:
                 scope.settle_here(ending, is_failing=error is not None)
             else:
@@ -501,6 +520,8 @@ class TransactionalBlock(Generic[S]):
         kind = self.entries[situation]
         if kind is Entry.REFUSE_WITHOUT or kind is Entry.REFUSE_WITHIN:
             self._refuse(kind, scope)
+        if kind is Entry.AS_IS or kind is Entry.AUTOCOMMIT_SCOPE:
+            self._check_demands_nothing(kind)
         if scope is None or kind is Entry.NEW_SCOPE or kind is Entry.AUTOCOMMIT_SCOPE:
             own = OwnScope(database, self.own_options(scope, kind), self.label)
             return _Owning(self, kind, own.scope, own)
@@ -513,6 +534,19 @@ class TransactionalBlock(Generic[S]):
         if kind is Entry.SAVEPOINT:
             return _Owning(self, kind, scope, None)
         return _Entered(self, kind, scope)
+
+    def _check_demands_nothing(self, kind: Entry) -> None:
+        """Refuse demands of a transaction where there is none."""
+        demands = dict(self._changes)
+        if self.timeout is not None and kind is Entry.AS_IS:
+            demands["timeout"] = self.timeout
+        if demands:
+            wanted = ", ".join(f"{name}={value!r}" for name, value in demands.items())
+            msg = (
+                f"{self.label} demands {wanted}, and goes without a transaction here, which that "
+                "could apply to. Use propagation='REQUIRED', which begins one; or leave it out."
+            )
+            raise TransactionMismatchError(msg)
 
     def _refuse(self, kind: Entry, scope: SessionScope[Any] | None) -> NoReturn:
         if kind is Entry.REFUSE_WITHOUT:
@@ -530,23 +564,32 @@ class TransactionalBlock(Generic[S]):
 
     def _leave(self, error: BaseException | None) -> _Owning | None:
         """Leave the innermost entry of this context; returns it if there is something to end."""
-        entered = _innermost.get()
-        if entered is None or entered.block is not self:
+        entered = _current.innermost_block.get()
+        if entered is None or entered.block is not self or len(self.live) > 1:
             entered = self._find_entry(entered)
         entered.leave()
         if entered.kind is JOIN:
+            scope = entered.scope
             if error is not None and self.rules.rolls_back(error):
-                entered.scope.note_failure(error)
+                scope.note_failure(error)
+            elif entered.abandoned != scope.abandoned:
+                msg = (
+                    f"{self.label} was rolled back in its middle: the client of its body has left."
+                )
+                scope.note_failure(RollbackOnlyError(msg))
             return None
         return entered if isinstance(entered, _Owning) else None
 
     def _find_entry(self, entered: _Entered | None) -> _Entered:
+        """The entry that ends now, out of several; never that of another task that is at work."""
         while entered is not None:
-            if entered.block is self:
+            if entered.block is self and entered.is_here():
                 return entered
             entered = entered.outer
-        if len(self.live) == 1:  # left in another context than entered (a fixture's exit)
-            return next(iter(self.live))
+        # Left in another context than entered: a fixture's exit, a generator that was dropped.
+        left = [each for each in self.live if each.is_here()] or list(self.live)
+        if len(left) == 1:
+            return left[0]
         msg = f"{self.label} was left in a context in which it was not entered."
         raise ConfigurationError(msg)
 

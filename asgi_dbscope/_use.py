@@ -7,6 +7,7 @@ The two kinds differ only in how they wait: :mod:`._task_use` for tasks on an ev
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._current import get_innermost
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("asgi_dbscope")
 
 
-class SessionUse:
+class SessionUse(ABC):
     """The use of one scope's session, reported by the session at each operation's ends.
 
     Everything but :meth:`run` is called from inside an operation: in SQLAlchemy's greenlet for an
@@ -102,18 +103,19 @@ class SessionUse:
 
     # ---------------------------------------------------------------- how it waits
 
+    @abstractmethod
     def run(self, function: Callable[..., None], *arguments: Any) -> Coroutine[Any, Any, None]:
         """Run *function*, which may do I/O on the session, from the event loop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check_place(self) -> object:
         """Refuse an operation that comes from where the session can't be used.
 
         Raises:
             EventLoopMismatchError: If it does.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def enter(self) -> object:
         """An operation begins; while somebody ends the transaction it waits for its turn.
 
@@ -127,32 +129,31 @@ class SessionUse:
         Raises:
             ConcurrentSessionUseError: If somebody else is inside.
         """
-        raise NotImplementedError
 
     def enter_registration(self) -> object:
         """An object is about to be added or deleted, without I/O; see :meth:`enter`."""
         self.check_registration()
         return None
 
+    @abstractmethod
     def leave(self, user: object, session: Session) -> None:
         """An operation has ended; clear up what the last one out was told to."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin_ending(self) -> None:
         """Let nobody else in; after another ending, if there is one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end_ending(self, session: Session) -> None:
         """Let the others in again."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait_until_free(self, timeout: float) -> bool:
         """Wait for the others to come out of the session, *timeout* seconds at most."""
-        raise NotImplementedError
 
+    @abstractmethod
     def roll_back(self, session: Session, timeout: float) -> None:
         """Roll back, in *timeout* seconds if it can be interrupted."""
-        raise NotImplementedError
 
     def commit(self, session: Session) -> None:
         """Commit."""
@@ -162,9 +163,9 @@ class SessionUse:
         """Throw its connections away."""
         session.invalidate()
 
+    @abstractmethod
     def run_hooks(self) -> None:
         """Run the hooks of a transaction that the user has ended."""
-        raise NotImplementedError
 
     # ---------------------------------------------------------------- what it knows
 
@@ -230,7 +231,7 @@ class SessionUse:
         """Whether something would be lost if the open transaction were rolled back."""
         is_durable = self.scope.shape.mode == "autocommit"
         is_pending = bool(session.new or session.dirty or session.deleted)
-        return is_pending or (self.has_written and not is_durable)
+        return is_pending or (self.has_written and not is_durable and session.in_transaction())
 
     def note_loss(self, session: Session) -> None:
         """The session is being closed by hand, in a transaction."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NoReturn
 
 from tests.block_programs import (
     ERRORS,
     RULED,
     Add,
+    Begin,
     Block,
     Commit,
+    Fail,
     Hook,
     Mode,
     Orphan,
@@ -53,6 +55,9 @@ def describe(error: BaseException | None) -> str:
     name = error.name if isinstance(error, Refused) else type(error).__name__
     if name in ERRORS:
         return f"{name}({error.args[0]})"
+    if name not in {"IntegrityError", "DBAPIError"}:
+        named = {cls.__name__ for cls in type(error).__mro__}
+        name = "DBAPIError" if "DBAPIError" in named else name
     if name == "RollbackOnlyError":
         cause = error.cause if isinstance(error, Refused) else error.__cause__
         return f"{name} from {describe(cause)}"
@@ -68,11 +73,14 @@ class Level:
 
         orphans: Those that COMMIT will refuse.
 
+        is_set: Whether the database knows of it: a savepoint is set by the first statement in it.
+
         is_over: Whether it was ended: by its block, or by the user's `commit()` or `rollback()`.
     """
 
     rows: set[int] = field(default_factory=set)
     orphans: set[int] = field(default_factory=set)
+    is_set: bool = False
     is_over: bool = False
 
 
@@ -107,7 +115,13 @@ class Session:
 
         has_written: Whether something was written since the last end.
 
+        has_begun: Whether SQLAlchemy has a transaction.
+
+        is_by_hand: Whether the user's own `session.begin()` began it.
+
         is_open: Whether the database has a transaction of it open.
+
+        is_aborted: Whether the database has refused a statement, and will refuse all others.
 
         has_connection: Whether it holds a connection.
     """
@@ -126,17 +140,28 @@ class Session:
         self.hooks: list[Owed] = []
         self.failures: list[Owed] = []
         self.pending: set[int] = set()
-        self.has_written = self.is_open = self.has_connection = False
+        self.has_written = self.has_begun = self.is_open = self.has_connection = False
+        self.is_by_hand = self.is_aborted = False
+
+    def begin_again(self) -> None:
+        """The same, for the same hooks: nothing was asked of the database."""
+        hooks = self.hooks
+        [transaction] = self.levels
+        transaction.is_over = True
+        self.begin()
+        self.hooks = hooks
+        for each in hooks:
+            each.level = self.levels[0]
 
     @property
     def is_in_transaction(self) -> bool:
         """Whether a block joins."""
-        return bool(self.units)
+        return bool(self.units) or self.is_by_hand
 
     @property
     def is_durable(self) -> bool:
         """Whether each statement is committed by itself."""
-        return self.mode == "autocommit" and not self.units
+        return self.mode == "autocommit" and not self.is_in_transaction
 
     @property
     def is_the_users(self) -> bool:
@@ -170,6 +195,7 @@ class Session:
         """What is in *savepoint* is part of what is around it now."""
         if savepoint.is_over:
             return
+        assert not self.pending
         self._remove(savepoint)
         around = self.levels[-1]
         around.rows |= savepoint.rows
@@ -183,6 +209,8 @@ class Session:
         if savepoint.is_over:
             return
         self._remove(savepoint)
+        if savepoint.is_set:
+            self.is_aborted = False
         self.pending = set()
         self.failures = [each for each in self.failures if each.level is not savepoint]
         for each in self.hooks:
@@ -218,6 +246,7 @@ class Model:
         self.connections = 0
         self._is_sync = is_sync
         self._has_single_writer = has_single_writer
+        self._aborts = not has_single_writer
         self._sessions: list[Session] = []
         self._is_request = False
 
@@ -284,7 +313,7 @@ class Model:
         for each in body:
             self._statement(each)
 
-    def _statement(self, statement: Statement) -> None:
+    def _statement(self, statement: Statement) -> None:  # noqa: PLR0912 - one case per statement
         match statement:
             case Write():
                 self._write(statement.id)
@@ -292,6 +321,8 @@ class Model:
                 self._add(statement.id)
             case Orphan():
                 self._add_orphan(statement.id)
+            case Fail():
+                self._fail()
             case Read():
                 self._read()
             case Commit():
@@ -310,6 +341,8 @@ class Model:
                 self._swallow(statement.body)
             case Savepoint():
                 self._savepoint(statement.body)
+            case Begin():
+                self._begin_by_hand(statement.body)
             case Block():
                 with self._told(f"{statement.propagation} {statement.id}"):
                     self._block(statement)
@@ -341,17 +374,31 @@ class Model:
     def _use(self) -> Session:
         session = self._session
         session.check_usable()
+        session.has_begun = True
         session.is_open = not session.is_durable
         session.has_connection = True
         in_use = sum(each.has_connection for each in self._sessions)
         self.connections = max(self.connections, in_use)
         self._flush(session)
+        self._set_savepoints(session)
         return session
+
+    def _set_savepoints(self, session: Session) -> None:
+        if session.is_aborted:
+            raise Refused("DBAPIError")
+        for each in session.levels:
+            each.is_set = True
+
+    def _fail(self) -> NoReturn:
+        session = self._use()
+        session.is_aborted = self._aborts and not session.is_durable
+        raise Refused("DBAPIError")
 
     def _flush(self, session: Session) -> None:
         rows, session.pending = session.pending, set()
         if rows:
             self._use()
+            self._set_savepoints(session)
             (self.committed if session.is_durable else session.levels[-1].rows).update(rows)
 
     def _is_locked(self, number: int) -> bool:
@@ -364,21 +411,22 @@ class Model:
 
     def _write(self, number: int) -> None:
         if not self._is_locked(number):
-            self._session.has_written = True
             self._use()
+            self._session.has_written = True
             self._session.pending.add(number)
             self._flush(self._session)
 
     def _add(self, number: int) -> None:
         if not self._is_locked(number):
-            self._session.has_written = True
             self._session.check_usable()
+            self._session.has_written = True
+            self._session.has_begun = True
             self._session.pending.add(number)
 
     def _add_orphan(self, number: int) -> None:
         if not self._is_locked(number):
-            self._session.has_written = True
             session = self._use()
+            session.has_written = True
             if session.is_durable:
                 raise Refused("IntegrityError")
             session.levels[-1].orphans.add(number)
@@ -389,7 +437,8 @@ class Model:
         self.log.append(f"sees {sorted(seen)}")
 
     def _would_fail(self, number: int) -> bool:
-        if any(each.orphans for each in self._session.levels):
+        session = self._session
+        if session.is_aborted or any(each.orphans for each in session.levels):
             self.left_out.add(number)
             return True
         return False
@@ -428,10 +477,10 @@ class Model:
 
     def _set_rollback_only(self) -> None:
         session = self._session
-        if session.is_durable:
-            raise Refused("ConfigurationError")
         if session.units:
             session.units[-1].is_rollback_only = True
+        elif session.mode == "autocommit":
+            raise Refused("ConfigurationError")
         else:
             session.is_rollback_only = True
 
@@ -447,16 +496,55 @@ class Model:
             session.roll_back_to(savepoint)
             raise
         else:
-            session.release(savepoint)
+            self._release_savepoint(savepoint, is_ours=False)
         finally:
             assert savepoint is session.blocks.pop()
 
     def _set_savepoint(self, session: Session) -> Level:
         session.check_usable()
         self._flush(session)
+        session.has_begun = True
         savepoint = Level()
         session.levels.append(savepoint)
         return savepoint
+
+    def _release_savepoint(self, savepoint: Level, *, is_ours: bool) -> None:
+        session = self._session
+        if savepoint.is_over:
+            return
+        self._flush(session)
+        if session.is_aborted and savepoint.is_set:
+            session.roll_back_to(savepoint)
+            raise Refused("TransactionAbortedError" if is_ours else "DBAPIError")
+        session.release(savepoint)
+
+    def _begin_by_hand(self, body: Sequence[Statement]) -> None:
+        session = self._session
+        session.check_usable()
+        if session.is_durable:
+            self._surface(self._end(session, "COMMITTED"))
+        elif session.has_begun:
+            raise Refused("InvalidRequestError")
+        session.has_begun = session.is_by_hand = True
+        [transaction] = session.levels
+        session.blocks.append(transaction)
+        error = self._caught(body)
+        assert transaction is session.blocks.pop()
+        if transaction.is_over:
+            self._surface(error)
+            return
+        if error is None and session.is_aborted:
+            error = Refused("TransactionAbortedError")
+        if error is None and session.failure is not None:
+            error = Refused("RollbackOnlyError", session.failure)
+        if error is None and session.forbids_commit:
+            self._flush(session)
+            if not session.is_open:
+                session.begin_again()
+                return
+            error = Refused("RollbackOnlyError")
+        hook_error = self._end(session, "COMMITTED" if error is None else "ROLLED_BACK")
+        self._surface(error or hook_error)
 
     # ---------------------------------------------------------------- blocks
 
@@ -502,17 +590,18 @@ class Model:
         error = self._caught(block.body)
         session.units.remove(unit)
         if savepoint.is_over:  # with the whole transaction: it is like a joined block since then
-            if error is not None and session.is_open and rolls_back(error, block):
+            undoes = session.is_open and (unit.is_rollback_only or rolls_back(error, block))
+            if undoes and error is not None:
                 session.failures.append(Owed(error, session.levels[-1]))
-            elif session.is_open and unit.is_rollback_only:
-                session.units[-1].is_rollback_only = True
+            elif undoes:
+                self._set_rollback_only()
             self._surface(error)
             return
         failure = None if unit.is_rollback_only else session.failure_in([savepoint])
         if unit.is_rollback_only or failure is not None or rolls_back(error, block):
             session.roll_back_to(savepoint)
         else:
-            session.release(savepoint)
+            self._release_savepoint(savepoint, is_ours=True)
         self._surface(error)
         if failure is not None:
             raise Refused("RollbackOnlyError", failure)
@@ -542,9 +631,11 @@ class Model:
         session.units.append(unit)
         error = self._caught(body)
         is_rollback_only = session.forbids_commit
-        session.units.remove(unit)
         failure = None if is_rollback_only else session.failure
         commits = not (is_rollback_only or failure is not None or rolls_back(error, block))
+        if commits:
+            self._flush(session)
+        session.units.remove(unit)
         hook_error = self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
         self._surface(error)
         if failure is not None:
@@ -584,7 +675,9 @@ class Model:
         error: BaseException | None = None
         if outcome == "COMMITTED":
             self._flush(session)
-            if any(each.orphans for each in session.levels):
+            if session.is_aborted:
+                outcome, error = "ROLLED_BACK", Refused("TransactionAbortedError")
+            elif any(each.orphans for each in session.levels):
                 outcome, error = "ROLLED_BACK", Refused("IntegrityError")
         for each in session.levels:
             if outcome == "COMMITTED":

@@ -84,6 +84,11 @@ class Orphan(Part):
 
 
 @dataclass(frozen=True, repr=False)
+class Fail(Part):
+    """A query that the database refuses, and that ends all work in PostgreSQL's transaction."""
+
+
+@dataclass(frozen=True, repr=False)
 class Read(Part):
     """`SELECT` of every row of the program."""
 
@@ -147,6 +152,13 @@ class Savepoint(Part):
 
 
 @dataclass(frozen=True, repr=False)
+class Begin(Part):
+    """The user's own `async with session.begin()`."""
+
+    body: tuple[Statement, ...]
+
+
+@dataclass(frozen=True, repr=False)
 class Block(Part):
     """A transactional block: around *body*, or as the decorator of a function that does it."""
 
@@ -171,6 +183,7 @@ Statement = (
     Write
     | Add
     | Orphan
+    | Fail
     | Read
     | Commit
     | Release
@@ -180,6 +193,7 @@ Statement = (
     | Hook
     | Swallow
     | Savepoint
+    | Begin
     | Block
     | Scope
 )
@@ -271,7 +285,7 @@ def _hooks(depth: int) -> st.SearchStrategy[Hook]:
     raises = _raises(stops=False)
     plain: list[tuple[int, st.SearchStrategy[Any]]] = [(1, raises)]
     full: list[tuple[int, st.SearchStrategy[Any]]] = [(2, st.builds(Write)), (1, raises)]
-    full += [(1, st.builds(Add)), (1, st.builds(Orphan))]
+    full += [(1, st.builds(each)) for each in (Add, Orphan, Fail)]
     full.append((1, st.builds(Read)))
     full.append((1, st.builds(SetRollbackOnly)))
     if depth > 0:
@@ -308,7 +322,7 @@ def statements(depth: int, *, has_scope: bool = True) -> st.SearchStrategy[State
     choices: list[tuple[int, st.SearchStrategy[Any]]] = [(3, _hooks(1)), (1, _raises(stops=True))]
     if has_scope:
         choices.insert(0, (3, st.builds(Write)))
-        simple = (Add, Add, Read, Orphan, Commit, Rollback, Release, SetRollbackOnly)
+        simple = (Add, Add, Read, Orphan, Fail, Commit, Rollback, Release, SetRollbackOnly)
         choices += [(1, st.builds(each)) for each in simple]
     if depth:
         inside = _bodies(statements(depth - 1))
@@ -329,7 +343,7 @@ def statements(depth: int, *, has_scope: bool = True) -> st.SearchStrategy[State
             (1, st.builds(Scope, st.sampled_from(MODES), inside)),
         ]
         if has_scope:
-            choices.append((2, st.builds(Savepoint, inside)))
+            choices += [(2, st.builds(Savepoint, inside)), (1, st.builds(Begin, inside))]
     return _weighted(*choices)
 
 

@@ -18,8 +18,10 @@ from tests.block_programs import (
     ERRORS,
     RULED,
     Add,
+    Begin,
     Block,
     Commit,
+    Fail,
     Hook,
     Job,
     Orphan,
@@ -151,7 +153,7 @@ class Run:
         for each in statements:
             await self._statement(each)
 
-    async def _statement(self, statement: Statement) -> None:
+    async def _statement(self, statement: Statement) -> None:  # noqa: PLR0912 - one case per statement
         match statement:
             case _ if getattr(statement, "id", None) in self._left_out:
                 pass
@@ -163,6 +165,9 @@ class Run:
             case Orphan():
                 orphan = sa.insert(Child).values(id=self.first + statement.id, item_id=-1)
                 await self._call(self._db.session.execute, orphan)
+            case Fail():
+                wrong = sa.select(Item.id).where(sa.literal_column("nothing") == 1)
+                await self._call(self._db.session.execute, wrong)
             case Read():
                 await self._read()
             case Commit():
@@ -181,6 +186,9 @@ class Run:
                 await self._swallow(statement.body)
             case Savepoint():
                 async with self._entered(self._db.session.begin_nested()):
+                    await self._body(statement.body)
+            case Begin():
+                async with self._entered(self._db.session.begin()):
                     await self._body(statement.body)
             case Block():
                 name = f"{statement.propagation} {statement.id}"

@@ -619,7 +619,7 @@ async def test_label_is_shown_as_an_sql_comment(engine):
 
     comments = [each.partition("/*")[2] for each in seen if each.startswith("SELECT")]
     comments = [each.replace("%%", "%") for each in comments]
-    assert [" pay  100%  now */", " inner */", "", " begun */", ""] == comments
+    assert [" pay / 100% / now */", " inner */", "", " begun */", ""] == comments
 
 
 @ON_ASYNCPG
