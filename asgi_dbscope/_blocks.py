@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from contextlib import suppress
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
@@ -196,10 +195,19 @@ class OwnScope(Generic[S]):
 
     def leave(self) -> None:
         """Make the scope around it the current one again."""
-        # ValueError: left in another context than entered (a fixture, a generator's exit). The
-        # variable was set in a context that nobody looks into any more.
-        with suppress(ValueError):
-            _current.innermost.reset(self._token)
+        innermost = _current.innermost
+        # Left in another context than entered (a fixture, a generator's exit), or before a scope
+        # inside it: then it isn't the innermost here, and whoever is puts it right.
+        if innermost.get() is not self.scope:
+            return
+        try:
+            innermost.reset(self._token)
+        except ValueError:  # a copy of the context that it was entered in
+            innermost.set(self.scope.outer)
+        holder = innermost.get()
+        while holder is not None and holder.is_over and not holder.is_request:
+            holder = holder.outer
+            innermost.set(holder)
 
     async def close(
         self, cause: Cause, *, is_failing: bool = False

@@ -132,14 +132,19 @@ class _Entered:
 
     def leave(self) -> None:
         """It isn't the innermost block any more."""
-        try:
-            _current.innermost_block.reset(self.token)
-        except ValueError:  # left in another context than entered
-            if _current.innermost_block.get() is self:
-                _current.innermost_block.set(self.outer)
         self.block.live.discard(self)
         if self.joined is not None:
             self.joined.inner -= 1
+        innermost = _current.innermost_block
+        if innermost.get() is not self:  # left in another context, or before a block inside it
+            return
+        try:
+            innermost.reset(self.token)
+        except ValueError:  # a copy of the context that it was entered in
+            innermost.set(self.outer)
+        outer = self.outer
+        if outer is not None and outer not in outer.block.live:  # left before this one
+            innermost.set(outer.outer)
 
 
 class _Owning(_Entered):

@@ -18,6 +18,7 @@ from tests.block_programs import (
     Block,
     Commit,
     Fail,
+    FailFlush,
     Hook,
     Mode,
     Orphan,
@@ -75,12 +76,15 @@ class Level:
 
         is_set: Whether the database knows of it: a savepoint is set by the first statement in it.
 
+        is_broken: Whether SQLAlchemy has rolled it back, and refuses use until its end.
+
         is_over: Whether it was ended: by its block, or by the user's `commit()` or `rollback()`.
     """
 
     rows: set[int] = field(default_factory=set)
     orphans: set[int] = field(default_factory=set)
     is_set: bool = False
+    is_broken: bool = False
     is_over: bool = False
 
 
@@ -190,6 +194,8 @@ class Session:
         """SQLAlchemy refuses a block's session from the end of its savepoint to the block's."""
         if self.blocks and self.blocks[-1].is_over:
             raise Refused("InvalidRequestError")
+        if self.levels[-1].is_broken:
+            raise Refused("PendingRollbackError")
 
     def release(self, savepoint: Level) -> None:
         """What is in *savepoint* is part of what is around it now."""
@@ -208,14 +214,21 @@ class Session:
         """What is in *savepoint* is undone."""
         if savepoint.is_over:
             return
+        self.undo(savepoint)
         self._remove(savepoint)
+        for each in self.hooks:
+            if each.level is savepoint:
+                each.level = self.levels[-1]
+
+    def undo(self, savepoint: Level) -> None:
+        """Nothing of what is in *savepoint* remains."""
         if savepoint.is_set:
             self.is_aborted = False
-        self.pending = set()
+        self.pending, savepoint.rows, savepoint.orphans = set(), set(), set()
         self.failures = [each for each in self.failures if each.level is not savepoint]
         for each in self.hooks:
             if each.level is savepoint:
-                each.level, each.is_undone = self.levels[-1], True
+                each.is_undone = True
 
     def _remove(self, savepoint: Level) -> None:
         assert savepoint is self.levels.pop()
@@ -323,6 +336,8 @@ class Model:
                 self._add_orphan(statement.id)
             case Fail():
                 self._fail()
+            case FailFlush():
+                self._fail_flush(statement.id)
             case Read():
                 self._read()
             case Commit():
@@ -417,7 +432,9 @@ class Model:
             self._flush(self._session)
 
     def _add(self, number: int) -> None:
-        if not self._is_locked(number):
+        if self._session.is_aborted or self._session.levels[-1].is_broken:
+            self.left_out.add(number)  # SQLAlchemy only warns
+        elif not self._is_locked(number):
             self._session.check_usable()
             self._session.has_written = True
             self._session.has_begun = True
@@ -431,6 +448,14 @@ class Model:
                 raise Refused("IntegrityError")
             session.levels[-1].orphans.add(number)
 
+    def _fail_flush(self, number: int) -> None:
+        if not self._is_locked(number):
+            session = self._use()
+            session.has_written = True
+            session.undo(session.levels[-1])
+            session.levels[-1].is_broken = True
+            raise Refused("IntegrityError")
+
     def _read(self) -> None:
         session = self._use()
         seen = self.committed.union(*(each.rows for each in session.levels))
@@ -438,7 +463,7 @@ class Model:
 
     def _would_fail(self, number: int) -> bool:
         session = self._session
-        if session.is_aborted or any(each.orphans for each in session.levels):
+        if session.is_aborted or any(each.orphans or each.is_broken for each in session.levels):
             self.left_out.add(number)
             return True
         return False
@@ -516,6 +541,9 @@ class Model:
         if session.is_aborted and savepoint.is_set:
             session.roll_back_to(savepoint)
             raise Refused("TransactionAbortedError" if is_ours else "DBAPIError")
+        if savepoint.is_broken and is_ours:
+            session.roll_back_to(savepoint)
+            raise Refused("PendingRollbackError")
         session.release(savepoint)
 
     def _begin_by_hand(self, body: Sequence[Statement]) -> None:
@@ -532,6 +560,9 @@ class Model:
         assert transaction is session.blocks.pop()
         if transaction.is_over:
             self._surface(error)
+            return
+        if transaction.is_broken:
+            self._surface(error or self._end(session, "ROLLED_BACK"))
             return
         if error is None and session.is_aborted:
             error = Refused("TransactionAbortedError")
@@ -675,7 +706,9 @@ class Model:
         error: BaseException | None = None
         if outcome == "COMMITTED":
             self._flush(session)
-            if session.is_aborted:
+            if session.levels[0].is_broken:
+                outcome, error = "ROLLED_BACK", Refused("PendingRollbackError")
+            elif session.is_aborted:
                 outcome, error = "ROLLED_BACK", Refused("TransactionAbortedError")
             elif any(each.orphans for each in session.levels):
                 outcome, error = "ROLLED_BACK", Refused("IntegrityError")

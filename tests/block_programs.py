@@ -89,6 +89,13 @@ class Fail(Part):
 
 
 @dataclass(frozen=True, repr=False)
+class FailFlush(Part):
+    """A flush that the database refuses: SQLAlchemy rolls back at once what it was in."""
+
+    id: int = 0
+
+
+@dataclass(frozen=True, repr=False)
 class Read(Part):
     """`SELECT` of every row of the program."""
 
@@ -184,6 +191,7 @@ Statement = (
     | Add
     | Orphan
     | Fail
+    | FailFlush
     | Read
     | Commit
     | Release
@@ -285,7 +293,7 @@ def _hooks(depth: int) -> st.SearchStrategy[Hook]:
     raises = _raises(stops=False)
     plain: list[tuple[int, st.SearchStrategy[Any]]] = [(1, raises)]
     full: list[tuple[int, st.SearchStrategy[Any]]] = [(2, st.builds(Write)), (1, raises)]
-    full += [(1, st.builds(each)) for each in (Add, Orphan, Fail)]
+    full += [(1, st.builds(each)) for each in (Add, Orphan, Fail, FailFlush)]
     full.append((1, st.builds(Read)))
     full.append((1, st.builds(SetRollbackOnly)))
     if depth > 0:
@@ -322,7 +330,8 @@ def statements(depth: int, *, has_scope: bool = True) -> st.SearchStrategy[State
     choices: list[tuple[int, st.SearchStrategy[Any]]] = [(3, _hooks(1)), (1, _raises(stops=True))]
     if has_scope:
         choices.insert(0, (3, st.builds(Write)))
-        simple = (Add, Add, Read, Orphan, Fail, Commit, Rollback, Release, SetRollbackOnly)
+        simple = (Add, Add, Read, Orphan, Fail, FailFlush)
+        simple += (Commit, Rollback, Release, SetRollbackOnly)
         choices += [(1, st.builds(each)) for each in simple]
     if depth:
         inside = _bodies(statements(depth - 1))

@@ -22,6 +22,7 @@ from tests.block_programs import (
     Block,
     Commit,
     Fail,
+    FailFlush,
     Hook,
     Job,
     Orphan,
@@ -168,6 +169,9 @@ class Run:
             case Fail():
                 wrong = sa.select(Item.id).where(sa.literal_column("nothing") == 1)
                 await self._call(self._db.session.execute, wrong)
+            case FailFlush():
+                self._db.session.add(Child(id=self.first + statement.id))
+                await self._call(self._db.session.flush)
             case Read():
                 await self._read()
             case Commit():

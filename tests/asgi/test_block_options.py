@@ -647,3 +647,57 @@ def test_label_transactions_needs_an_engine_to_label(factory):
     """A session factory that is bound to no engine can't have `label_transactions`."""
     with pytest.raises(ConfigurationError, match="bound to an engine"):
         Database(factory(), label_transactions="comment")
+
+
+# --------------------------------------------------------------------------------------
+# Demands where there is no transaction, and deadlines around savepoints
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("demand", [{"read_only": True}, {"isolation_level": "SERIALIZABLE"}])
+async def test_demand_without_a_transaction_is_refused(db, rows, demand):
+    """What goes without a transaction can't be read-only: it says so instead of writing."""
+    with pytest.raises(TransactionMismatchError, match="goes without a transaction"):
+        async with db.transactional("SUPPORTS", **demand) as session:
+            await write(session, 1)
+    async with db.session_scope(mode="autocommit"):
+        with pytest.raises(TransactionMismatchError, match="goes without a transaction"):
+            async with db.transactional("SUPPORTS", **demand) as session:
+                await write(session, 1)
+        with pytest.raises(TransactionMismatchError, match="timeout"):
+            async with db.transactional("SUPPORTS", timeout=1.0) as session:
+                await write(session, 1)
+    for never in ("NOT_SUPPORTED", "NEVER"):
+        with pytest.raises(ConfigurationError, match="never has a transaction"):
+            db.transactional(never, **demand)
+
+    assert [] == await rows()
+
+
+async def test_savepoint_inside_leaves_the_timeout_of_its_block(db, rows):
+    """A block that takes too long is told, also where a savepoint in it has ended before."""
+    with pytest.raises(TransactionTimeoutError):
+        async with db.transactional(timeout=0.2) as session:
+            async with db.transactional("NESTED"):
+                await write(session, 1)
+            time.sleep(0.3)  # noqa: ASYNC251 - work that blocks, so that no timer fires
+
+    assert [] == await rows()
+
+
+async def test_label_cannot_end_its_comment(engine):
+    """A label with the ends of a comment in it, or NUL, stays a comment."""
+    db = Database(engine, label_transactions="comment")
+
+    for label in ("a **// b", "a //** b", "a\0b", "100%"):
+        async with db.transactional(label=label) as session:
+            assert 1 == await session.scalar(sa.select(1))
+
+
+@ON_POSTGRES
+async def test_label_without_what_postgresql_cannot_keep(engine):
+    """A path with NUL in it is shown without."""
+    db = Database(engine, label_transactions="application_name")
+
+    async with db.transactional(label="GET /a\0b") as session:
+        assert "GET /ab" == await session.scalar(sa.text("SHOW application_name"))

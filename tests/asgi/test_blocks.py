@@ -477,18 +477,17 @@ async def test_block_that_is_left_before_the_one_inside_it_ends_alone(db, rows):
     """Exits may run in the wrong order (two fixtures, two generators): each ends its own block."""
     outer, inner = db.transactional(), db.transactional("REQUIRES_NEW")
 
-    async def work():
-        first = await outer.__aenter__()
-        second = await inner.__aenter__()
-        first.add(Item(id=1))
-        await outer.__aexit__(None, None, None)
-        assert [1] == await rows()
-        second.add(Item(id=2))
-        await inner.__aexit__(None, None, None)
+    first = await outer.__aenter__()
+    second = await inner.__aenter__()
+    first.add(Item(id=1))
+    await outer.__aexit__(None, None, None)
+    assert [1] == await rows()
+    second.add(Item(id=2))
+    await inner.__aexit__(None, None, None)
+    async with db.transactional() as third:
+        third.add(Item(id=3))
 
-    await asyncio.create_task(work())
-
-    assert [1, 2] == await rows()
+    assert [1, 2, 3] == await rows()
 
 
 async def test_block_that_was_not_entered_here_and_is_open_twice_is_told(db, rows):
@@ -508,6 +507,70 @@ async def test_block_that_was_not_entered_here_and_is_open_twice_is_told(db, row
         await asyncio.create_task(block.__aexit__(None, None, None), context=context)
 
     assert [1, 2] == await rows()
+
+
+async def test_block_whose_release_ended_in_a_listener_s_error_keeps_nothing(db, rows):
+    """G4: An error raised once the savepoint is released fails the whole transaction."""
+
+    def fail(session, transaction):
+        if transaction.nested:
+            raise ServiceError
+
+    with pytest.raises(RollbackOnlyError):
+        async with db.session_scope() as session:
+            await write(session, 1)
+            sa.event.listen(session.sync_session, "after_transaction_end", fail)
+            with suppress(ServiceError):
+                async with db.transactional("NESTED"):
+                    await write(session, 2)
+
+    assert [] == await rows()
+
+
+async def test_block_left_in_a_copy_of_its_context_leaves_nothing_there(db, rows):
+    """Entered in a context and left in a copy of it, a block is no longer the copy's."""
+    block = db.transactional()
+
+    async def leave():
+        await block.__aexit__(None, None, None)
+        async with db.transactional() as session:
+            session.add(Item(id=2))
+
+    (await block.__aenter__()).add(Item(id=1))
+    await asyncio.create_task(leave())
+
+    assert [1, 2] == await rows()
+
+
+async def test_generator_that_is_dropped_ends_no_block_but_its_own(db, rows):
+    """G12: An abandoned generator is closed in some other task, maybe inside the same block."""
+    block = db.transactional()
+    is_inside, may_end = asyncio.Event(), asyncio.Event()
+
+    async def numbers():
+        async with block as session:
+            await session.scalar(sa.select(1))
+            yield 1
+
+    async def drop():
+        generator = numbers()
+        await anext(generator)
+        return generator
+
+    async def work():
+        async with block as session:
+            session.add(Item(id=2))
+            is_inside.set()
+            await may_end.wait()
+
+    generator = await asyncio.create_task(drop())
+    worker = asyncio.create_task(work())
+    await is_inside.wait()
+    await asyncio.create_task(generator.aclose())
+    may_end.set()
+    await worker
+
+    assert [2] == await rows()
 
 
 async def test_transactional_of_the_module_finds_the_one_database(engine, rows, monkeypatch):

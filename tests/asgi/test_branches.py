@@ -473,3 +473,16 @@ async def test_gather_in_a_request_serves_dashboards(db, drive, rows):
 
     assert (200, None) == (exchange.status, exchange.error)
     assert [6] == await rows()
+
+
+async def test_cause_of_a_branchs_error_is_kept(db):
+    """The error of a branch arrives with the error it was raised from."""
+    cause = KeyError()
+
+    async def fail():
+        raise ServiceError from cause
+
+    with pytest.raises(ServiceError) as caught:
+        await db.gather(fail())
+
+    assert cause is caught.value.__cause__

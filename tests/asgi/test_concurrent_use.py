@@ -400,3 +400,72 @@ async def test_wrong_concurrency_is_told_at_once(engine):
     """`concurrency` knows two values."""
     with pytest.raises(ConfigurationError, match="concurrency must be one of 'error', 'serialize'"):
         Database(engine, concurrency="queue")  # type: ignore[call-overload]
+
+
+# --------------------------------------------------------------------------------------
+# Another task's transactional block
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("does", ["executes", "adds"])
+@pytest.mark.parametrize("mode", ["transaction", "autocommit"])
+async def test_statement_inside_another_tasks_block_is_refused(db, rows, mode, does):
+    """G13: What a sibling does in between would be rolled back with a block that isn't its own."""
+    is_inside, may_end = asyncio.Event(), asyncio.Event()
+
+    async def block(session):
+        with suppress(ValueError):
+            async with db.transactional("NESTED"):
+                await write(session, 1)
+                is_inside.set()
+                await may_end.wait()
+                raise ValueError
+
+    async with db.session_scope(mode=mode) as session:
+        task = asyncio.create_task(block(session))
+        await is_inside.wait()
+        with pytest.raises(ConcurrentSessionUseError, match="rolled back with"):
+            if does == "adds":
+                session.add(Item(id=2))
+            else:
+                await session.execute(sa.insert(Item).values(id=2))
+        may_end.set()
+        await task
+        await write(session, 3)
+
+    assert [3] == await rows()
+
+
+async def test_child_task_of_a_block_is_inside_of_it(db, rows):
+    """G11: A task that a block starts takes part in it."""
+    async with db.session_scope() as session, db.transactional("NESTED"):
+        await asyncio.create_task(write(session, 1))
+
+    assert [1] == await rows()
+
+
+async def test_head_in_the_middle_of_a_child_tasks_block_is_an_error(db, drive, rows):
+    """G1, G4: Half of a block is never committed by a response."""
+    is_inside, may_end = asyncio.Event(), asyncio.Event()
+
+    async def block():
+        async with db.transactional("NESTED"):
+            await write(db.session, 1)
+            is_inside.set()
+            await may_end.wait()
+
+    async def app(scope, receive, send):
+        task = asyncio.create_task(block())
+        await is_inside.wait()
+        try:
+            await respond(send)
+        finally:
+            may_end.set()
+            await asyncio.wait([task])
+            task.exception()
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, ConcurrentSessionUseError)
+    assert exchange.status is None
+    assert [] == await rows()

@@ -1004,3 +1004,84 @@ async def test_blocks_work_in_a_hook(db, rows):
         db.on_commit(hook)
 
     assert [1, 2, 4] == await rows()
+
+
+# --------------------------------------------------------------------------------------
+# Hooks that are cancelled, and hooks from threads
+# --------------------------------------------------------------------------------------
+
+
+@ON_SQLITE
+async def test_hook_whose_own_task_was_cancelled_stops_no_other(db, caplog):
+    """A hook that waits for something cancelled has failed like any other; the rest run."""
+    calls = Calls()
+
+    async def wait_for_a_cancelled_task():
+        task = asyncio.create_task(asyncio.sleep(0))
+        task.cancel()
+        await task
+
+    async with db.session_scope():
+        db.on_commit(wait_for_a_cancelled_task)
+        db.on_commit(calls.note)
+
+    assert ["called"] == calls
+    assert "the others run" in caplog.text
+
+
+@ON_SQLITE
+async def test_hook_that_outlasts_the_grace_is_given_up_and_told(engine, caplog):
+    """G10: Cancelled, a scope waits for its hooks no longer than `cleanup_timeout`."""
+    db = Database(engine, cleanup_timeout=0.05)
+    is_running = asyncio.Event()
+
+    async def hang():
+        is_running.set()
+        await asyncio.Event().wait()
+
+    async def job():
+        async with db.session_scope():
+            db.on_commit(hang)
+
+    task = asyncio.create_task(job())
+    await is_running.wait()
+    task.cancel()
+    await asyncio.wait([task])
+
+    assert task.cancelled()
+    assert "given up" in caplog.text
+
+
+@ON_SQLITE
+async def test_hook_at_once_from_a_thread_runs_on_the_scopes_loop(db):
+    """A coroutine function given in a `def` endpoint runs where it can."""
+    calls = Calls()
+    has_run = asyncio.Event()
+
+    async def note():
+        calls.note()
+        has_run.set()
+
+    async with db.session_scope(mode="autocommit"):
+        await asyncio.to_thread(db.on_commit, note)
+        await has_run.wait()
+
+    assert ["called"] == calls
+
+
+@ON_SQLITE
+async def test_hook_at_once_without_a_loop_is_told(db):
+    """A coroutine function where nothing can run it is refused before it is called."""
+    with pytest.raises(ConfigurationError, match="no event loop"):
+        await asyncio.to_thread(db.on_commit, Calls().note_later)
+
+
+async def test_failed_block_is_not_healed_by_an_empty_begin(db):
+    """G4: A COMMIT of nothing is one all the same, where a block has failed."""
+    with pytest.raises(RollbackOnlyError):
+        async with db.session_scope() as session:
+            with suppress(ServiceError):
+                async with db.transactional():
+                    raise ServiceError
+            async with session.begin():
+                pass

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import DBSessionMiddleware
@@ -63,4 +64,42 @@ async def test_cancelled_while_a_body_is_rolled_back_it_is_cancelled(db, drive, 
         await asyncio.wait([task])
 
     assert isinstance(task.result().error, asyncio.CancelledError)
+    assert [] == await rows()
+
+
+@pytest.mark.parametrize("propagation", ["REQUIRED", "NESTED"])
+async def test_other_half_of_a_bodys_block_is_rolled_back_too(db, drive, rows, propagation):
+    """G7: A client that leaves inside a body's block leaves neither half of it."""
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        await send(body(b"chunk", more=True))
+        async with db.transactional(propagation) as session:
+            session.add(Item(id=1))
+            await session.flush()
+            assert DISCONNECT == await receive()
+            session.add(Item(id=2))
+            await session.flush()
+
+    await drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT])
+
+    assert [] == await rows()
+
+
+async def test_other_half_of_a_body_in_a_block_of_autocommit_is_rolled_back_too(db, drive, rows):
+    """G7: The same where the block has a transaction of its own."""
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        await send(body(b"chunk", more=True))
+        async with db.transactional() as session:
+            session.add(Item(id=1))
+            await session.flush()
+            assert DISCONNECT == await receive()
+            session.add(Item(id=2))
+            await session.flush()
+
+    served = DBSessionMiddleware(app, database=db, mode="autocommit")
+    await drive(served, received=[DISCONNECT])
+
     assert [] == await rows()
