@@ -74,9 +74,9 @@ def decorate(function: F, database: Database[Any] | None, call: str, enter: Call
     Raises:
         ConfigurationError: If *function* is of the wrong kind.
     """
+    method: Any = function
     if isinstance(function, (classmethod, staticmethod)):
-        wrapper: Any = type(function)
-        return cast("F", wrapper(decorate(function.__func__, database, call, enter)))
+        return cast("F", type(method)(decorate(method.__func__, database, call, enter)))
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         msg = (
             f"{function!r} is a generator, which is suspended between its values for as long as "

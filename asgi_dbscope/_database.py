@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, get_args, overload
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, get_args, overload
 from weakref import WeakKeyDictionary
 
 import anyio.to_thread
@@ -388,7 +388,7 @@ class Database(Generic[S]):
         """
         if callable(propagation) and not isinstance(propagation, str):
             return TransactionalBlock(self)(propagation)  # @db.transactional without parentheses
-        return TransactionalBlock(self, propagation=propagation, **options)
+        return TransactionalBlock(self, propagation=cast("Any", propagation), **options)
 
     @property
     def on_commit(self) -> HookRegistrar:
@@ -553,4 +553,5 @@ def transactional(
     """
     if callable(propagation) and not isinstance(propagation, str):
         return TransactionalBlock[Any](None, name=database)(propagation)
-    return TransactionalBlock[Any](None, name=database, propagation=propagation, **options)
+    block = TransactionalBlock[Any]
+    return block(None, name=database, propagation=cast("Any", propagation), **options)

@@ -85,7 +85,11 @@ class HookRegistrar:
         """
         if function is None:
             check_hook_options(when, on_error)
-            return lambda later: self(later, *args, when=when, on_error=on_error, **kwargs)
+
+            def register(later: Callable[..., Any]) -> Any:
+                return self(later, *args, when=when, on_error=on_error, **kwargs)
+
+            return register
         hook = Hook(self._occasion, function, args, kwargs, when, on_error)
         database = self._database or _current.find_database()
         if database.is_sync and hook.is_async:

@@ -16,7 +16,7 @@ from asgi_dbscope._lifecycle import OPEN
 from asgi_dbscope.errors import PoolTooSmallError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from asgi_dbscope._scope import SessionScope
 
@@ -101,7 +101,7 @@ class SecondConnections:
             self._waiting.discard(scope)
 
     @contextmanager
-    def queued(self, scope: SessionScope[Any] | None) -> Iterator[None]:
+    def queued(self, scope: SessionScope[Any] | None) -> Generator[None]:
         """*scope* waits for a place to branch, and holds what it holds meanwhile.
 
         Raises:

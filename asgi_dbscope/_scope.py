@@ -6,7 +6,7 @@ import asyncio
 import logging
 from threading import RLock
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -654,7 +654,7 @@ class SessionScope(Lifecycle, Generic[S]):
         self.check_has_session()
         with _creation:
             if self._session is None:
-                session = self.database.session_factory()
+                session: Any = self.database.session_factory()
                 use: SessionUse
                 if isinstance(session, AsyncSession):
                     use = TaskUse(self)
@@ -665,5 +665,5 @@ class SessionScope(Lifecycle, Generic[S]):
                 sync_session.use = use
                 self.use = use
                 self.sync_session = sync_session
-                self._session = session
+                self._session = cast("S", session)
             return self._session

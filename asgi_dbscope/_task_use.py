@@ -6,7 +6,7 @@ import asyncio
 import logging
 from contextvars import ContextVar
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -129,7 +129,7 @@ class TaskUse(SessionUse):
         if self.scope.boundaries and self.user is None and _has_task():
             self._check_block()
         if self._turns is None and self._is_used_by_another():
-            msg = self.concurrent_message(_describe(self.user), "another")
+            msg = self.concurrent_message(_describe(cast("Any", self.user)), "another")
             raise ConcurrentSessionUseError(msg)
 
     @property
@@ -188,10 +188,11 @@ class TaskUse(SessionUse):
         await_only(_in_time(self.scope.session.rollback(), timeout))
 
     def commit(self, session: Session) -> None:
-        if type(self.scope.session).commit is AsyncSession.commit:
+        own: AsyncSession = self.scope.session
+        if type(own).commit is AsyncSession.commit:
             session.commit()  # the same, by a shorter way
         else:
-            await_only(self.scope.session.commit())
+            await_only(own.commit())
 
     def invalidate(self, session: Session) -> None:  # noqa: ARG002 - its own verb
         await_only(self.scope.session.invalidate())

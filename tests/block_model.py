@@ -192,7 +192,7 @@ class Session:
 
     def check_usable(self) -> None:
         """SQLAlchemy refuses a block's session from the end of its savepoint to the block's."""
-        if self.blocks and self.blocks[-1].is_over:
+        if self.blocks and (self.blocks[-1].is_over or self.blocks[-1].is_broken):
             raise Refused("InvalidRequestError")
         if self.levels[-1].is_broken:
             raise Refused("PendingRollbackError")
@@ -449,11 +449,17 @@ class Model:
             session.levels[-1].orphans.add(number)
 
     def _fail_flush(self, number: int) -> None:
-        if not self._is_locked(number):
+        if self._session.is_aborted:
+            self.left_out.add(number)
+        elif not self._is_locked(number):
             session = self._use()
             session.has_written = True
-            session.undo(session.levels[-1])
-            session.levels[-1].is_broken = True
+            level = session.levels[-1]
+            level.is_broken = True
+            if level is session.levels[0]:
+                level.rows, level.orphans = set(), set()
+            else:
+                session.undo(level)
             raise Refused("IntegrityError")
 
     def _read(self) -> None:
@@ -526,6 +532,8 @@ class Model:
             assert savepoint is session.blocks.pop()
 
     def _set_savepoint(self, session: Session) -> Level:
+        if session.levels[-1].is_broken:
+            raise Refused("PendingRollbackError")
         session.check_usable()
         self._flush(session)
         session.has_begun = True
@@ -540,7 +548,7 @@ class Model:
         self._flush(session)
         if session.is_aborted and savepoint.is_set:
             session.roll_back_to(savepoint)
-            raise Refused("TransactionAbortedError" if is_ours else "DBAPIError")
+            raise Refused("TransactionAbortedError")
         if savepoint.is_broken and is_ours:
             session.roll_back_to(savepoint)
             raise Refused("PendingRollbackError")
@@ -548,11 +556,11 @@ class Model:
 
     def _begin_by_hand(self, body: Sequence[Statement]) -> None:
         session = self._session
+        if session.has_begun and not session.is_durable:
+            raise Refused("InvalidRequestError")
         session.check_usable()
         if session.is_durable:
             self._surface(self._end(session, "COMMITTED"))
-        elif session.has_begun:
-            raise Refused("InvalidRequestError")
         session.has_begun = session.is_by_hand = True
         [transaction] = session.levels
         session.blocks.append(transaction)
@@ -562,7 +570,8 @@ class Model:
             self._surface(error)
             return
         if transaction.is_broken:
-            self._surface(error or self._end(session, "ROLLED_BACK"))
+            hook_error = self._end(session, "ROLLED_BACK")
+            self._surface(error or hook_error)
             return
         if error is None and session.is_aborted:
             error = Refused("TransactionAbortedError")

@@ -330,9 +330,9 @@ def statements(depth: int, *, has_scope: bool = True) -> st.SearchStrategy[State
     choices: list[tuple[int, st.SearchStrategy[Any]]] = [(3, _hooks(1)), (1, _raises(stops=True))]
     if has_scope:
         choices.insert(0, (3, st.builds(Write)))
-        simple = (Add, Add, Read, Orphan, Fail, FailFlush)
-        simple += (Commit, Rollback, Release, SetRollbackOnly)
-        choices += [(1, st.builds(each)) for each in simple]
+        plain = (Add, Add, Read, Orphan, Fail, FailFlush)
+        ends = (Commit, Rollback, Release, SetRollbackOnly)
+        choices += [(1, st.builds(each)) for each in (*plain, *ends)]
     if depth:
         inside = _bodies(statements(depth - 1))
         blocks = st.builds(

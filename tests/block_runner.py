@@ -12,7 +12,7 @@ from typing import Any
 import anyio.to_thread
 import sqlalchemy as sa
 
-from asgi_dbscope import Database, DBSessionMiddleware
+from asgi_dbscope import Database, DBSessionMiddleware, Propagation
 from tests.block_model import describe
 from tests.block_programs import (
     ERRORS,
@@ -72,7 +72,7 @@ class Blocks:
         key = (block.propagation, block.rollback_for, block.no_rollback_for)
         if key not in self._made:
             self._made[key] = self.db.transactional(
-                block.propagation,
+                Propagation(block.propagation),
                 rollback_for=tuple(RULED[name] for name in block.rollback_for),
                 no_rollback_for=tuple(RULED[name] for name in block.no_rollback_for),
             )
@@ -170,6 +170,7 @@ class Run:
                 wrong = sa.select(Item.id).where(sa.literal_column("nothing") == 1)
                 await self._call(self._db.session.execute, wrong)
             case FailFlush():
+                await self._call(self._db.session.flush)
                 self._db.session.add(Child(id=self.first + statement.id))
                 await self._call(self._db.session.flush)
             case Read():

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -175,7 +176,7 @@ async def test_object_added_by_a_thread_during_the_flush_of_a_task_is_refused(db
     assert [1] == await rows()
 
 
-class Compiled(Coroutine):
+class Compiled(Coroutine[Any, Any, Any]):
     """A coroutine that shows neither its code nor its frame, as one of a compiled module."""
 
     def __init__(self, coroutine):

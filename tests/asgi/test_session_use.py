@@ -31,7 +31,7 @@ async def test_operation_outside_of_any_loop_is_told(db):
 async def test_callback_of_the_loop_finds_what_the_session_has_loaded(db):
     """G9: A callback runs in no task: it may look objects up as long as the scope is open."""
     loop = asyncio.get_running_loop()
-    found = asyncio.Queue()
+    found: asyncio.Queue[object] = asyncio.Queue()
 
     def look_up(session):
         try:
