@@ -130,10 +130,9 @@ class SessionUse(ABC):
             ConcurrentSessionUseError: If somebody else is inside.
         """
 
+    @abstractmethod
     def enter_registration(self) -> object:
         """An object is about to be added or deleted, without I/O; see :meth:`enter`."""
-        self.check_registration()
-        return None
 
     @abstractmethod
     def leave(self, user: object, session: Session) -> None:

@@ -8,7 +8,11 @@ A "request" is here one block, inside a transaction that is open on both sides.
 from __future__ import annotations
 
 import contextlib
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # Python leaves it out where PYTHONSAFEPATH is set
 
 import overhead
 from overhead import HAND, OURS, SELECT, App, Contestant

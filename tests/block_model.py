@@ -5,10 +5,9 @@ It knows rows, transactions and savepoints as sets on a stack, and nothing of SQ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from typing import Any
 
 from tests.block_programs import (
     ERRORS,
@@ -36,203 +35,9 @@ from tests.block_programs import (
     Swallow,
     Write,
 )
+from tests.block_session import Became, Failure, Refused, Session, Unit, Waiting, describe
 
-Became = Literal["COMMITTED", "ROLLED_BACK", "NOT_BEGUN"]
-
-
-class Refused(Exception):  # noqa: N818 - the model's stand-in for errors of the package
-    """An error of the package's or of SQLAlchemy's."""
-
-    def __init__(self, name: str, cause: BaseException | None = None) -> None:
-        super().__init__(name)
-        self.name = name
-        self.cause = cause
-
-
-def describe(error: BaseException | None) -> str:
-    """*error* as the log has it: its type, where it was raised, and its cause if that matters."""
-    if error is None:
-        return "None"
-    name = error.name if isinstance(error, Refused) else type(error).__name__
-    if name in ERRORS:
-        return f"{name}({error.args[0]})"
-    if name not in {"IntegrityError", "DBAPIError"}:
-        named = {cls.__name__ for cls in type(error).__mro__}
-        name = "DBAPIError" if "DBAPIError" in named else name
-    if name == "RollbackOnlyError":
-        cause = error.cause if isinstance(error, Refused) else error.__cause__
-        return f"{name} from {describe(cause)}"
-    return name
-
-
-@dataclass(eq=False)
-class Level:
-    """A transaction, or a savepoint in it.
-
-    Attributes:
-        rows: What was written in it and is not undone.
-
-        orphans: Those that COMMIT will refuse.
-
-        is_set: Whether the database knows of it: a savepoint is set by the first statement in it.
-
-        is_broken: Whether SQLAlchemy has rolled it back, and refuses use until its end.
-
-        is_over: Whether it was ended: by its block, or by the user's `commit()` or `rollback()`.
-    """
-
-    rows: set[int] = field(default_factory=set)
-    orphans: set[int] = field(default_factory=set)
-    is_set: bool = False
-    is_broken: bool = False
-    is_over: bool = False
-
-
-@dataclass(eq=False)
-class Owed:
-    """A hook that waits, or a failure that forbids the COMMIT, and where it came about."""
-
-    content: Hook | BaseException
-    level: Level
-    is_undone: bool = False
-
-
-@dataclass(eq=False)
-class Unit:
-    """What has a transaction (no savepoint of its own) or a savepoint to end."""
-
-    is_rollback_only: bool = False
-
-
-class Session:
-    """A session scope.
-
-    Attributes:
-        units: Who has something to end, innermost last; outside of them statements belong to no
-            transaction of ours.
-
-        levels: The transaction, and the savepoints in it.
-
-        blocks: The savepoints whose `async with` has not been left.
-
-        pending: Rows that wait for a flush; they are in the last of the levels.
-
-        has_written: Whether something was written since the last end.
-
-        has_begun: Whether SQLAlchemy has a transaction.
-
-        is_by_hand: Whether the user's own `session.begin()` began it.
-
-        is_open: Whether the database has a transaction of it open.
-
-        is_aborted: Whether the database has refused a statement, and will refuse all others.
-
-        has_connection: Whether it holds a connection.
-    """
-
-    def __init__(self, mode: Mode) -> None:
-        self.mode = mode
-        self.units: list[Unit] = [Unit()] if mode == "transaction" else []
-        self.is_rollback_only = False
-        self.blocks: list[Level] = []
-        self.later: list[tuple[Hook, Became]] = []
-        self.begin()
-
-    def begin(self) -> None:
-        """The next transaction."""
-        self.levels = [Level()]
-        self.hooks: list[Owed] = []
-        self.failures: list[Owed] = []
-        self.pending: set[int] = set()
-        self.has_written = self.has_begun = self.is_open = self.has_connection = False
-        self.is_by_hand = self.is_aborted = False
-
-    def begin_again(self) -> None:
-        """The same, for the same hooks: nothing was asked of the database."""
-        hooks = self.hooks
-        [transaction] = self.levels
-        transaction.is_over = True
-        self.begin()
-        self.hooks = hooks
-        for each in hooks:
-            each.level = self.levels[0]
-
-    @property
-    def is_in_transaction(self) -> bool:
-        """Whether a block joins."""
-        return bool(self.units) or self.is_by_hand
-
-    @property
-    def is_durable(self) -> bool:
-        """Whether each statement is committed by itself."""
-        return self.mode == "autocommit" and not self.is_in_transaction
-
-    @property
-    def is_the_users(self) -> bool:
-        """Whether only the user's code commits."""
-        return self.mode == "manual" and not self.units
-
-    @property
-    def forbids_commit(self) -> bool:
-        """Whether the code asked for a rollback."""
-        return self.is_rollback_only or any(each.is_rollback_only for each in self.units)
-
-    @property
-    def failure(self) -> BaseException | None:
-        """The first failure that nobody healed."""
-        return self.failure_in(self.levels)
-
-    def failure_in(self, levels: Sequence[Level]) -> BaseException | None:
-        """The first failure in one of *levels*."""
-        for each in self.failures:
-            if each.level in levels:
-                assert isinstance(each.content, BaseException)
-                return each.content
-        return None
-
-    def check_usable(self) -> None:
-        """SQLAlchemy refuses a block's session from the end of its savepoint to the block's."""
-        if self.blocks and (self.blocks[-1].is_over or self.blocks[-1].is_broken):
-            raise Refused("InvalidRequestError")
-        if self.levels[-1].is_broken:
-            raise Refused("PendingRollbackError")
-
-    def release(self, savepoint: Level) -> None:
-        """What is in *savepoint* is part of what is around it now."""
-        if savepoint.is_over:
-            return
-        assert not self.pending
-        self._remove(savepoint)
-        around = self.levels[-1]
-        around.rows |= savepoint.rows
-        around.orphans |= savepoint.orphans
-        for each in self.hooks + self.failures:
-            if each.level is savepoint:
-                each.level = around
-
-    def roll_back_to(self, savepoint: Level) -> None:
-        """What is in *savepoint* is undone."""
-        if savepoint.is_over:
-            return
-        self.undo(savepoint)
-        self._remove(savepoint)
-        for each in self.hooks:
-            if each.level is savepoint:
-                each.level = self.levels[-1]
-
-    def undo(self, savepoint: Level) -> None:
-        """Nothing of what is in *savepoint* remains."""
-        if savepoint.is_set:
-            self.is_aborted = False
-        self.pending, savepoint.rows, savepoint.orphans = set(), set(), set()
-        self.failures = [each for each in self.failures if each.level is not savepoint]
-        for each in self.hooks:
-            if each.level is savepoint:
-                each.is_undone = True
-
-    def _remove(self, savepoint: Level) -> None:
-        assert savepoint is self.levels.pop()
-        savepoint.is_over = True
+RUNS_AFTER = {"commit": {"COMMITTED"}, "rollback": {"ROLLED_BACK"}}
 
 
 class Model:
@@ -244,7 +49,7 @@ class Model:
         log: What was seen from inside the program.
 
         left_out: What is not to be done: writes that a database with a single writer would not let
-            through, and COMMITs by hand that fail (SQLAlchemy's session is of no use after that).
+            through, and what SQLAlchemy's session is of no use after.
 
         status: The response's, if there was one.
 
@@ -259,9 +64,27 @@ class Model:
         self.connections = 0
         self._is_sync = is_sync
         self._has_single_writer = has_single_writer
-        self._aborts = not has_single_writer
         self._sessions: list[Session] = []
         self._is_request = False
+        self._statements: dict[type, Callable[[Any], None]] = {
+            Write: lambda it: self._session.write(it.id),
+            Add: lambda it: self._session.add(it.id),
+            Orphan: lambda it: self._session.write_orphan(it.id),
+            Fail: lambda it: self._session.fail(),
+            FailFlush: lambda it: self._session.fail_flush(),
+            Read: lambda it: self.log.append(f"sees {self._session.read()}"),
+            Commit: lambda it: self._commit(),
+            Release: lambda it: self._release(),
+            Rollback: lambda it: self._end(self._session, "ROLLED_BACK"),
+            SetRollbackOnly: lambda it: self._set_rollback_only(),
+            Raise: lambda it: _surface(ERRORS[it.error](it.id)),
+            Hook: self._register,
+            Swallow: lambda it: self._swallow(it.body),
+            Savepoint: lambda it: self._savepoint(it.body),
+            Begin: lambda it: self._begin_by_hand(it.body),
+            Block: lambda it: self._told(f"{it.propagation} {it.id}", lambda: self._block(it)),
+            Scope: lambda it: self._told(f"scope {it.id}", lambda: self._scope(it.mode, it.body)),
+        }
 
     # ---------------------------------------------------------------- programs
 
@@ -278,40 +101,59 @@ class Model:
             self.log.append(f"raised {describe(error)}")
 
     def _request(self, program: Request) -> None:
-        session = Session(program.mode)
         self._is_request = True
-        with self._inside(session):
+        with self._opened(program.mode) as session:
+            if program.mode == "transaction":
+                session.units.append(Unit())
             error = self._caught(program.body)
-            if error is None:
-                error = self._head(session, program)
-            else:
-                self._end(session, "ROLLED_BACK")
-            if error is None:
-                self.status = program.status
-                error = self._caught(program.background)
-                commits = error is None and not session.forbids_commit and session.failure is None
-                committing = commits and not session.is_the_users
-                with suppress(Refused):  # the response is out: nobody is told but the log
-                    self._end(session, "COMMITTED" if committing else "ROLLED_BACK")
-        if error is not None:
-            raise error
+            if error is not None:
+                self._end(session, "ROLLED_BACK", is_quiet=True)
+                raise error
+            self._head(session, program)
+            self.status = program.status
+            error = self._caught(program.background)
+            is_good = error is None and session.failure is None and not session.forbids_commit
+            commits = is_good and not session.is_the_users
+            with suppress(Exception):  # the response is out: nobody is told but the log
+                self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
+            _surface(error)
 
-    def _head(self, session: Session, program: Request) -> BaseException | None:
-        commits = (
-            not session.is_the_users
-            and program.status < 500
-            and not program.is_handled
-            and not session.forbids_commit
-        )
+    def _head(self, session: Session, program: Request) -> None:
+        is_success = program.status < 500 and not program.is_handled
+        commits = is_success and not (session.is_the_users or session.forbids_commit)
         failure = session.failure if commits else None
-        commits = commits and failure is None
-        try:
-            error = self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
-        except Refused as refused:
-            return refused
-        if failure is not None and program.status < 400:
-            return Refused("RollbackOnlyError", failure)
-        return error
+        if failure is None:
+            self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
+        elif program.status < 400:
+            self._end(session, "ROLLED_BACK", is_quiet=True)
+            raise Refused("RollbackOnlyError", failure)
+        else:
+            self._end(session, "ROLLED_BACK")
+
+    # ---------------------------------------------------------------- statements
+
+    def _body(self, body: Sequence[Statement]) -> None:
+        for statement in body:
+            if self._is_to_be_left_out(statement):
+                self.left_out.add(statement.id)  # type: ignore[union-attr] - all of these have one
+            else:
+                self._statements[type(statement)](statement)
+                in_use = sum(each.has_connection for each in self._sessions)
+                self.connections = max(self.connections, in_use)
+
+    def _is_to_be_left_out(self, statement: Statement) -> bool:
+        if not self._sessions:
+            return False
+        *others, session = self._sessions
+        if isinstance(statement, (Commit, Release)):
+            return not session.can_commit
+        is_unusable = session.is_aborted or session.levels[-1].is_broken
+        if isinstance(statement, Add) and is_unusable:
+            return True  # SQLAlchemy only warns
+        if isinstance(statement, FailFlush) and session.is_aborted:
+            return True
+        writes = isinstance(statement, (Write, Add, Orphan, FailFlush))
+        return writes and self._has_single_writer and any(each.is_open for each in others)
 
     def _caught(self, body: Sequence[Statement]) -> BaseException | None:
         try:
@@ -320,55 +162,9 @@ class Model:
             return error
         return None
 
-    # ---------------------------------------------------------------- statements
-
-    def _body(self, body: Sequence[Statement]) -> None:
-        for each in body:
-            self._statement(each)
-
-    def _statement(self, statement: Statement) -> None:  # noqa: PLR0912 - one case per statement
-        match statement:
-            case Write():
-                self._write(statement.id)
-            case Add():
-                self._add(statement.id)
-            case Orphan():
-                self._add_orphan(statement.id)
-            case Fail():
-                self._fail()
-            case FailFlush():
-                self._fail_flush(statement.id)
-            case Read():
-                self._read()
-            case Commit():
-                self._commit(statement.id)
-            case Release():
-                self._release(statement.id)
-            case Rollback():
-                self._roll_back()
-            case SetRollbackOnly():
-                self._set_rollback_only()
-            case Raise():
-                raise ERRORS[statement.error](statement.id)
-            case Hook():
-                self._register(statement)
-            case Swallow():
-                self._swallow(statement.body)
-            case Savepoint():
-                self._savepoint(statement.body)
-            case Begin():
-                self._begin_by_hand(statement.body)
-            case Block():
-                with self._told(f"{statement.propagation} {statement.id}"):
-                    self._block(statement)
-            case Scope():
-                with self._told(f"scope {statement.id}"):
-                    self._scope(statement.mode, statement.body)
-
-    @contextmanager
-    def _told(self, name: str) -> Iterator[None]:
+    def _told(self, name: str, part: Callable[[], None]) -> None:
         try:
-            yield
+            part()
         except (Exception, Stop) as error:
             self.log.append(f"{name}: {describe(error)}")
             raise
@@ -386,125 +182,30 @@ class Model:
             raise Refused("NoSessionScopeError")
         return self._sessions[-1]
 
-    def _use(self) -> Session:
+    def _commit(self) -> None:
         session = self._session
-        session.check_usable()
-        session.has_begun = True
-        session.is_open = not session.is_durable
-        session.has_connection = True
-        in_use = sum(each.has_connection for each in self._sessions)
-        self.connections = max(self.connections, in_use)
-        self._flush(session)
-        self._set_savepoints(session)
-        return session
-
-    def _set_savepoints(self, session: Session) -> None:
-        if session.is_aborted:
-            raise Refused("DBAPIError")
-        for each in session.levels:
-            each.is_set = True
-
-    def _fail(self) -> NoReturn:
-        session = self._use()
-        session.is_aborted = self._aborts and not session.is_durable
-        raise Refused("DBAPIError")
-
-    def _flush(self, session: Session) -> None:
-        rows, session.pending = session.pending, set()
-        if rows:
-            self._use()
-            self._set_savepoints(session)
-            (self.committed if session.is_durable else session.levels[-1].rows).update(rows)
-
-    def _is_locked(self, number: int) -> bool:
-        """Whether another session of the program has the database's only place for a writer."""
-        others = [each for each in self._sessions if each is not self._session]
-        if self._has_single_writer and any(each.is_open for each in others):
-            self.left_out.add(number)
-            return True
-        return False
-
-    def _write(self, number: int) -> None:
-        if not self._is_locked(number):
-            self._use()
-            self._session.has_written = True
-            self._session.pending.add(number)
-            self._flush(self._session)
-
-    def _add(self, number: int) -> None:
-        if self._session.is_aborted or self._session.levels[-1].is_broken:
-            self.left_out.add(number)  # SQLAlchemy only warns
-        elif not self._is_locked(number):
-            self._session.check_usable()
-            self._session.has_written = True
-            self._session.has_begun = True
-            self._session.pending.add(number)
-
-    def _add_orphan(self, number: int) -> None:
-        if not self._is_locked(number):
-            session = self._use()
-            session.has_written = True
-            if session.is_durable:
-                raise Refused("IntegrityError")
-            session.levels[-1].orphans.add(number)
-
-    def _fail_flush(self, number: int) -> None:
-        if self._session.is_aborted:
-            self.left_out.add(number)
-        elif not self._is_locked(number):
-            session = self._use()
-            session.has_written = True
-            level = session.levels[-1]
-            level.is_broken = True
-            if level is session.levels[0]:
-                level.rows, level.orphans = set(), set()
-            else:
-                session.undo(level)
-            raise Refused("IntegrityError")
-
-    def _read(self) -> None:
-        session = self._use()
-        seen = self.committed.union(*(each.rows for each in session.levels))
-        self.log.append(f"sees {sorted(seen)}")
-
-    def _would_fail(self, number: int) -> bool:
-        session = self._session
-        if session.is_aborted or any(each.orphans or each.is_broken for each in session.levels):
-            self.left_out.add(number)
-            return True
-        return False
-
-    def _commit(self, number: int) -> None:
-        session = self._session
-        if self._would_fail(number):
-            return
         if not session.is_durable and session.failure is not None:
             raise Refused("RollbackOnlyError", session.failure)
         if session.forbids_commit and len(session.levels) > 1:
             raise Refused("RollbackOnlyError")
         session.check_usable()
-        if session.forbids_commit:
-            self._flush(session)
-            if session.is_open:
-                raise Refused("RollbackOnlyError")
-        else:
-            self._surface(self._end(session, "COMMITTED"))
-
-    def _release(self, number: int) -> None:
-        session = self._session
-        if self._would_fail(number):
+        if not session.forbids_commit:
+            self._end(session, "COMMITTED")
             return
+        session.flush()
+        if session.is_open:
+            raise Refused("RollbackOnlyError")
+
+    def _release(self) -> None:
+        session = self._session
         if len(session.units) > (session.mode == "transaction"):
             raise Refused("ConfigurationError")
         if session.forbids_commit:
-            self._surface(self._end(session, "ROLLED_BACK"))
+            self._end(session, "ROLLED_BACK")
         elif session.failure is not None:
             raise Refused("RollbackOnlyError", session.failure)
         else:
-            self._surface(self._end(session, "COMMITTED"))
-
-    def _roll_back(self) -> None:
-        self._surface(self._end(self._session, "ROLLED_BACK"))
+            self._end(session, "COMMITTED")
 
     def _set_rollback_only(self) -> None:
         session = self._session
@@ -519,40 +220,15 @@ class Model:
         session = self._session
         if session.is_durable:
             raise Refused("ConfigurationError")
-        savepoint = self._set_savepoint(session)
-        session.blocks.append(savepoint)
-        try:
-            self._body(body)
-        except BaseException:
-            session.roll_back_to(savepoint)
-            raise
+        savepoint = session.set_savepoint()
+        session.managers.append(savepoint)
+        error = self._caught(body)
+        assert savepoint is session.managers.pop()
+        if error is None:
+            session.release(savepoint)
         else:
-            self._release_savepoint(savepoint, is_ours=False)
-        finally:
-            assert savepoint is session.blocks.pop()
-
-    def _set_savepoint(self, session: Session) -> Level:
-        if session.levels[-1].is_broken:
-            raise Refused("PendingRollbackError")
-        session.check_usable()
-        self._flush(session)
-        session.has_begun = True
-        savepoint = Level()
-        session.levels.append(savepoint)
-        return savepoint
-
-    def _release_savepoint(self, savepoint: Level, *, is_ours: bool) -> None:
-        session = self._session
-        if savepoint.is_over:
-            return
-        self._flush(session)
-        if session.is_aborted and savepoint.is_set:
             session.roll_back_to(savepoint)
-            raise Refused("TransactionAbortedError")
-        if savepoint.is_broken and is_ours:
-            session.roll_back_to(savepoint)
-            raise Refused("PendingRollbackError")
-        session.release(savepoint)
+            raise error
 
     def _begin_by_hand(self, body: Sequence[Statement]) -> None:
         session = self._session
@@ -560,36 +236,44 @@ class Model:
             raise Refused("InvalidRequestError")
         session.check_usable()
         if session.is_durable:
-            self._surface(self._end(session, "COMMITTED"))
+            self._end(session, "COMMITTED")
         session.has_begun = session.is_by_hand = True
         [transaction] = session.levels
-        session.blocks.append(transaction)
+        session.managers.append(transaction)
         error = self._caught(body)
-        assert transaction is session.blocks.pop()
+        assert transaction is session.managers.pop()
         if transaction.is_over:
-            self._surface(error)
-            return
-        if transaction.is_broken:
-            hook_error = self._end(session, "ROLLED_BACK")
-            self._surface(error or hook_error)
-            return
-        if error is None and session.is_aborted:
-            error = Refused("TransactionAbortedError")
-        if error is None and session.failure is not None:
-            error = Refused("RollbackOnlyError", session.failure)
-        if error is None and session.forbids_commit:
-            self._flush(session)
+            _surface(error)
+        elif error is not None:
+            self._end(session, "ROLLED_BACK", is_quiet=True)
+            raise error
+        elif transaction.is_broken:
+            self._end(session, "ROLLED_BACK")
+        else:
+            self._commit_by_hand(session)
+
+    def _commit_by_hand(self, session: Session) -> None:
+        refusal: Refused | None = None
+        if session.is_aborted:
+            refusal = Refused("TransactionAbortedError")
+        elif session.failure is not None:
+            refusal = Refused("RollbackOnlyError", session.failure)
+        elif session.forbids_commit:
+            session.flush()
             if not session.is_open:
-                session.begin_again()
+                session.end_unbegun()
                 return
-            error = Refused("RollbackOnlyError")
-        hook_error = self._end(session, "COMMITTED" if error is None else "ROLLED_BACK")
-        self._surface(error or hook_error)
+            refusal = Refused("RollbackOnlyError")
+        if refusal is None:
+            self._end(session, "COMMITTED")
+        else:
+            self._end(session, "ROLLED_BACK", is_quiet=True)
+            raise refusal
 
     # ---------------------------------------------------------------- blocks
 
     def _block(self, block: Block) -> None:
-        session = self._session if self._sessions else None
+        session = self._sessions[-1] if self._sessions else None
         is_in_transaction = session is not None and session.is_in_transaction
         match block.propagation:
             case "MANDATORY" if not is_in_transaction:
@@ -615,34 +299,35 @@ class Model:
 
     def _join(self, block: Block) -> None:
         session = self._session
-        try:
-            self._body(block.body)
-        except BaseException as error:
-            if rolls_back(error, block):
-                session.failures.append(Owed(error, session.levels[-1]))
-            raise
+        error = self._caught(block.body)
+        if error is not None and rolls_back(error, block):
+            session.failures.append(Failure(error, session.levels[-1]))
+        _surface(error)
 
     def _nest(self, block: Block) -> None:
         session = self._session
-        savepoint = self._set_savepoint(session)
+        savepoint = session.set_savepoint()
         unit = Unit()
         session.units.append(unit)
         error = self._caught(block.body)
         session.units.remove(unit)
+        is_to_be_undone = unit.is_rollback_only or rolls_back(error, block)
         if savepoint.is_over:  # with the whole transaction: it is like a joined block since then
-            undoes = session.is_open and (unit.is_rollback_only or rolls_back(error, block))
-            if undoes and error is not None:
-                session.failures.append(Owed(error, session.levels[-1]))
-            elif undoes:
+            if error is not None and is_to_be_undone and session.is_open:
+                session.failures.append(Failure(error, session.levels[-1]))
+            elif is_to_be_undone and session.is_open:
                 self._set_rollback_only()
-            self._surface(error)
+            _surface(error)
             return
-        failure = None if unit.is_rollback_only else session.failure_in([savepoint])
-        if unit.is_rollback_only or failure is not None or rolls_back(error, block):
+        failure = None if is_to_be_undone else session.failure_in(savepoint)
+        if is_to_be_undone or failure is not None:
             session.roll_back_to(savepoint)
+        elif savepoint.is_broken:
+            session.roll_back_to(savepoint)
+            raise Refused("PendingRollbackError")
         else:
-            self._release_savepoint(savepoint, is_ours=True)
-        self._surface(error)
+            session.release(savepoint)
+        _surface(error)
         if failure is not None:
             raise Refused("RollbackOnlyError", failure)
 
@@ -651,108 +336,87 @@ class Model:
         session = self._session
         if session.is_the_users and (session.has_written or len(session.levels) > 1):
             raise Refused("ConfigurationError")
-        self._surface(self._end(session, "ROLLED_BACK" if session.forbids_commit else "COMMITTED"))
-        self._unit(session, Unit(), block.body, block)
+        self._end(session, "ROLLED_BACK" if session.forbids_commit else "COMMITTED")
+        self._unit(session, block.body, block)
 
     def _scope(self, mode: Mode, body: Sequence[Statement], block: Block | None = None) -> None:
-        session = Session(mode)
-        with self._inside(session):
+        with self._opened(mode) as session:
             if mode == "transaction":
-                self._unit(session, session.units.pop(), body, block)
+                self._unit(session, body, block)
+                return
+            error = self._caught(body)
+            if rolls_back(error, block):
+                self._end(session, "ROLLED_BACK", is_quiet=True)
             else:
-                error = self._caught(body)
-                commits = not (session.is_the_users or rolls_back(error, block))
-                hook_error = self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
-                self._surface(error or hook_error)
+                self._end(session, "ROLLED_BACK" if session.is_the_users else "COMMITTED")
+            _surface(error)
 
-    def _unit(
-        self, session: Session, unit: Unit, body: Sequence[Statement], block: Block | None
-    ) -> None:
+    def _unit(self, session: Session, body: Sequence[Statement], block: Block | None) -> None:
+        unit = Unit()
         session.units.append(unit)
         error = self._caught(body)
-        is_rollback_only = session.forbids_commit
-        failure = None if is_rollback_only else session.failure
-        commits = not (is_rollback_only or failure is not None or rolls_back(error, block))
+        is_to_be_undone = session.forbids_commit or rolls_back(error, block)
+        failure = None if is_to_be_undone else session.failure
+        commits = not is_to_be_undone and failure is None
         if commits:
-            self._flush(session)
+            session.flush()
         session.units.remove(unit)
-        hook_error = self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
-        self._surface(error)
-        if failure is not None:
-            raise Refused("RollbackOnlyError", failure)
-        self._surface(hook_error)
+        if error is None and failure is None:
+            self._end(session, "COMMITTED" if commits else "ROLLED_BACK")
+            return
+        self._end(session, "COMMITTED" if commits else "ROLLED_BACK", is_quiet=True)
+        _surface(error)
+        raise Refused("RollbackOnlyError", failure)
 
     @contextmanager
-    def _inside(self, session: Session) -> Iterator[None]:
+    def _opened(self, mode: Mode) -> Iterator[Session]:
+        session = Session(mode, self.committed, aborts=not self._has_single_writer)
         self._sessions.append(session)
         try:
-            yield
+            yield session
         finally:
             assert session is self._sessions.pop()
-            self._call_later(session)
+            for hook, became in session.later:
+                self._call(hook, became)
 
-    def _waits_for(self, session: Session) -> Session:
-        """Whose end an after-response hook waits for: the request's, if there is one."""
-        return self._sessions[0] if self._is_request else session
+    # ---------------------------------------------------------------- ends and hooks
 
-    def _call_later(self, session: Session) -> None:
-        later, session.later = session.later, []
-        for hook, became in later:
-            self._call(hook, became)
-
-    def _surface(self, error: BaseException | None) -> None:
-        if error is not None:
-            raise error
-
-    # ---------------------------------------------------------------- ends
-
-    def _end(self, session: Session, outcome: Became) -> BaseException | None:
-        """The transaction is over; returns the error of a hook that wants it seen.
+    def _end(self, session: Session, outcome: Became, *, is_quiet: bool = False) -> None:
+        """The transaction is over, and its hooks run; quietly while an error is under way.
 
         Raises:
-            Refused: If COMMIT fails.
+            Exception: Why COMMIT was refused; else the first error of a hook that wants it seen.
         """
-        error: BaseException | None = None
-        if outcome == "COMMITTED":
-            self._flush(session)
-            if session.levels[0].is_broken:
-                outcome, error = "ROLLED_BACK", Refused("PendingRollbackError")
-            elif session.is_aborted:
-                outcome, error = "ROLLED_BACK", Refused("TransactionAbortedError")
-            elif any(each.orphans for each in session.levels):
-                outcome, error = "ROLLED_BACK", Refused("IntegrityError")
-        for each in session.levels:
-            if outcome == "COMMITTED":
-                self.committed |= each.rows
-            each.is_over = True
-        hooks = session.hooks
-        session.begin()
-        first: BaseException | None = None
-        for waiting in hooks:
-            assert isinstance(waiting.content, Hook)
-            hook, became = waiting.content, "ROLLED_BACK" if waiting.is_undone else outcome
-            if hook.on != "completion" and RUNS_AFTER[hook.on] != became:
+        hooks, refusal = session.end(outcome)
+        error: BaseException | None = refusal
+        for hook, became in hooks:
+            if became not in RUNS_AFTER.get(hook.on, {became}):
                 continue
             if hook.when == "after_response":
-                self._waits_for(session).later.append((hook, became))
+                self._end_of(session).append((hook, became))
             else:
                 hook_error = self._call(hook, became)
-                first = first or (hook_error if hook.on_error == "raise" else None)
-        self._surface(error)
-        return first
+                if hook.on_error == "raise" and not is_quiet:
+                    error = error or hook_error
+        _surface(error)
+
+    def _end_of(self, session: Session) -> list[tuple[Hook, Became]]:
+        """What waits for the end of the request, or else of the scope."""
+        return (self._sessions[0] if self._is_request else session).later
 
     def _register(self, hook: Hook) -> None:
-        session = self._session if self._sessions else None
+        session = self._sessions[-1] if self._sessions else None
         if session is not None and not session.is_durable:
-            session.hooks.append(Owed(hook, session.levels[-1]))
+            session.hooks.append(Waiting(hook, session.levels[-1]))
         elif hook.on == "rollback":
             return
         elif session is not None and hook.when == "after_response":
-            self._waits_for(session).later.append((hook, "NOT_BEGUN"))
+            self._end_of(session).append((hook, "NOT_BEGUN"))
         else:
-            error = self._call(hook, "NOT_BEGUN", has_scope=self._is_sync or not hook.is_plain)
-            if hook.on_error == "raise" and (hook.is_plain or self._is_sync):
-                self._surface(error)
+            is_plain = hook.is_plain and not self._is_sync  # it can't wait for the end of a scope
+            error = self._call(hook, "NOT_BEGUN", has_scope=not is_plain)
+            if hook.on_error == "raise" and (is_plain or self._is_sync):
+                _surface(error)
 
     def _call(self, hook: Hook, became: Became, *, has_scope: bool = True) -> BaseException | None:
         told = f" {became}" if hook.on == "completion" else ""
@@ -767,7 +431,9 @@ class Model:
         return None
 
 
-RUNS_AFTER = {"commit": "COMMITTED", "rollback": "ROLLED_BACK"}
+def _surface(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
 
 
 def rolls_back(error: BaseException | None, block: Block | None) -> bool:

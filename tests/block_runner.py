@@ -13,7 +13,6 @@ import anyio.to_thread
 import sqlalchemy as sa
 
 from asgi_dbscope import Database, DBSessionMiddleware, Propagation
-from tests.block_model import describe
 from tests.block_programs import (
     ERRORS,
     RULED,
@@ -40,6 +39,7 @@ from tests.block_programs import (
     Swallow,
     Write,
 )
+from tests.block_session import describe
 from tests.fix_asgi import Drive, body, start
 from tests.fix_database import Child, Item
 
@@ -154,52 +154,13 @@ class Run:
         for each in statements:
             await self._statement(each)
 
-    async def _statement(self, statement: Statement) -> None:  # noqa: PLR0912 - one case per statement
-        match statement:
-            case _ if getattr(statement, "id", None) in self._left_out:
-                pass
-            case Write():
-                row = sa.insert(Item).values(id=self.first + statement.id)
-                await self._call(self._db.session.execute, row)
-            case Add():
-                self._db.session.add(Item(id=self.first + statement.id))
-            case Orphan():
-                orphan = sa.insert(Child).values(id=self.first + statement.id, item_id=-1)
-                await self._call(self._db.session.execute, orphan)
-            case Fail():
-                wrong = sa.select(Item.id).where(sa.literal_column("nothing") == 1)
-                await self._call(self._db.session.execute, wrong)
-            case FailFlush():
-                await self._call(self._db.session.flush)
-                self._db.session.add(Child(id=self.first + statement.id))
-                await self._call(self._db.session.flush)
-            case Read():
-                await self._read()
-            case Commit():
-                await self._call(self._db.session.commit)
-            case Release():
-                await self._call(self._db.release)
-            case Rollback():
-                await self._call(self._db.session.rollback)
-            case SetRollbackOnly():
-                self._db.set_rollback_only()
-            case Raise():
-                raise ERRORS[statement.error](statement.id)
-            case Hook():
-                await self._register(statement)
-            case Swallow():
-                await self._swallow(statement.body)
-            case Savepoint():
-                async with self._entered(self._db.session.begin_nested()):
-                    await self._body(statement.body)
-            case Begin():
-                async with self._entered(self._db.session.begin()):
-                    await self._body(statement.body)
-            case Block():
-                name = f"{statement.propagation} {statement.id}"
-                await self._told(name, self._block(statement))
-            case Scope():
-                await self._told(f"scope {statement.id}", self._scope(statement))
+    async def _write(self, row: Item | Child, *, adds: bool = False) -> None:
+        session = self._db.session
+        if adds:
+            session.add(row)
+            return
+        values = {"id": row.id} if isinstance(row, Item) else {"id": row.id, "item_id": -1}
+        await self._call(session.execute, sa.insert(type(row)).values(**values))
 
     async def _told(self, name: str, part: Coroutine[Any, Any, None]) -> None:
         try:

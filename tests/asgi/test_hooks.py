@@ -1085,3 +1085,15 @@ async def test_failed_block_is_not_healed_by_an_empty_begin(db):
                     raise ServiceError
             async with session.begin():
                 pass
+
+
+@ON_SQLITE
+async def test_late_hook_of_a_block_in_a_job_runs_when_the_blocks_scope_has_closed(db):
+    """Where there is no response, what waits for it waits for the end of its own scope."""
+    calls = Calls()
+
+    async with db.session_scope():
+        async with db.transactional("REQUIRES_NEW"):
+            db.on_commit(calls.note, when="after_response")
+            assert [] == calls
+        assert ["called"] == calls

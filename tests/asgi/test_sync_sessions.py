@@ -869,6 +869,31 @@ def test_statement_after_the_timeout_of_a_block_is_refused(
     assert [] == sync_rows()
 
 
+def test_block_of_autocommit_with_a_timeout_gives_the_session_back_without(
+    sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """The deadline of a block that began on the scope's session ends with the block."""
+    with sync_db.session_scope(mode="autocommit") as session:
+        with sync_db.transactional(timeout=30.0):
+            session.add(Item(id=1))
+            assert sync_db.scope.deadline is not None
+        assert sync_db.scope.deadline is None
+        assert [1] == list(session.scalars(sa.select(Item.id)))
+
+    assert [1] == sync_rows()
+
+
+def test_savepoint_that_a_commit_by_hand_has_ended_ends_quietly(
+    sync_db: SyncDatabase, sync_rows: Rows
+) -> None:
+    """The user's own commit() inside a NESTED block ends its savepoint with the transaction."""
+    with sync_db.session_scope() as session, sync_db.transactional("NESTED"):
+        session.add(Item(id=1))
+        session.commit()
+
+    assert [1] == sync_rows()
+
+
 def test_block_whose_session_cannot_be_made_leaves_no_scope(sync_db: SyncDatabase) -> None:
     """Where the session's class refuses to be made, its error is raised and no scope stays open."""
 
