@@ -361,7 +361,11 @@ def _after_flush(session: Any, context: Any) -> None:
 def _before_commit(session: Any) -> None:
     """Refuse the COMMIT that would be a lie; the last moment before it is sent."""
     use: SessionUse | None = session.use
-    if use is None or session.in_nested_transaction():
+    if use is None:
+        return
+    if session.in_nested_transaction():
+        for connection in use.connections:
+            refuse_if_aborted(connection)  # a RELEASE that is refused could not be rolled back to
         return
     session.flush()  # what goes wrong here goes wrong before COMMIT
     use.is_committing = True
@@ -387,10 +391,14 @@ def _after_soft_rollback(session: Any, previous_transaction: SessionTransaction)
     use: SessionUse | None = session.use
     if use is None or use.scope.agenda is None:
         return
-    if previous_transaction.nested:
-        use.scope.agenda.roll_back_to(previous_transaction)
-    elif previous_transaction.parent is None:
+    if previous_transaction.parent is None:
         use.scope.note_end(Outcome.ROLLED_BACK)
+        return
+    boundary = previous_transaction  # a flush that failed: the savepoint around it is gone
+    while not boundary.nested and boundary.parent is not None:
+        boundary = boundary.parent
+    if boundary.nested:
+        use.scope.agenda.roll_back_to(boundary)
 
 
 def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
