@@ -82,8 +82,8 @@ class Model:
             Swallow: lambda it: self._swallow(it.body),
             Savepoint: lambda it: self._savepoint(it.body),
             Begin: lambda it: self._begin_by_hand(it.body),
-            Block: lambda it: self._told(f"{it.propagation} {it.id}", lambda: self._block(it)),
-            Scope: lambda it: self._told(f"scope {it.id}", lambda: self._scope(it.mode, it.body)),
+            Scope: self._own_scope,
+            Block: self._block,
         }
 
     # ---------------------------------------------------------------- programs
@@ -135,7 +135,7 @@ class Model:
     def _body(self, body: Sequence[Statement]) -> None:
         for statement in body:
             if self._is_to_be_left_out(statement):
-                self.left_out.add(statement.id)  # type: ignore[union-attr] - all of these have one
+                self.left_out.add(getattr(statement, "id", 0))
             else:
                 self._statements[type(statement)](statement)
                 in_use = sum(each.has_connection for each in self._sessions)
@@ -162,9 +162,10 @@ class Model:
             return error
         return None
 
-    def _told(self, name: str, part: Callable[[], None]) -> None:
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
         try:
-            part()
+            yield
         except (Exception, Stop) as error:
             self.log.append(f"{name}: {describe(error)}")
             raise
@@ -272,7 +273,15 @@ class Model:
 
     # ---------------------------------------------------------------- blocks
 
+    def _own_scope(self, scope: Scope) -> None:
+        with self._told(f"scope {scope.id}"):
+            self._scope(scope.mode, scope.body)
+
     def _block(self, block: Block) -> None:
+        with self._told(f"{block.propagation} {block.id}"):
+            self._enter(block)
+
+    def _enter(self, block: Block) -> None:
         session = self._sessions[-1] if self._sessions else None
         is_in_transaction = session is not None and session.is_in_transaction
         match block.propagation:

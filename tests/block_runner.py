@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -90,13 +90,7 @@ class Run:
         first: What the numbers of its rows begin after.
     """
 
-    def __init__(
-        self,
-        blocks: Blocks,
-        first: int,
-        *,
-        left_out: Collection[int] = (),
-    ) -> None:
+    def __init__(self, blocks: Blocks, first: int, *, left_out: Collection[int] = ()) -> None:
         self.log: list[str] = []
         self.status: int | None = None
         self.first = first
@@ -105,6 +99,25 @@ class Run:
         self._left_out = left_out
         self._is_in_plain_hook = False
         self._is_sync = blocks.db.is_sync
+        self._statements: dict[type, Callable[[Any], Coroutine[Any, Any, None]]] = {
+            Write: self._write,
+            Add: self._add,
+            Orphan: self._write_orphan,
+            Fail: self._fail,
+            FailFlush: self._fail_flush,
+            Read: self._read,
+            Commit: self._commit,
+            Release: self._release,
+            Rollback: self._roll_back,
+            SetRollbackOnly: self._set_rollback_only,
+            Raise: self._raise,
+            Hook: self._register,
+            Swallow: self._swallow,
+            Savepoint: self._savepoint,
+            Begin: self._begin,
+            Scope: self._scope,
+            Block: self._block,
+        }
 
     async def run(self, program: Program, drive: Drive) -> None:
         """Run *program* to its end."""
@@ -152,19 +165,88 @@ class Run:
 
     async def _body(self, statements: Sequence[Statement]) -> None:
         for each in statements:
-            await self._statement(each)
+            if getattr(each, "id", None) not in self._left_out:
+                await self._statements[type(each)](each)
 
-    async def _write(self, row: Item | Child, *, adds: bool = False) -> None:
-        session = self._db.session
-        if adds:
-            session.add(row)
-            return
-        values = {"id": row.id} if isinstance(row, Item) else {"id": row.id, "item_id": -1}
-        await self._call(session.execute, sa.insert(type(row)).values(**values))
+    async def _write(self, statement: Write) -> None:
+        row = sa.insert(Item).values(id=self.first + statement.id)
+        await self._call(self._db.session.execute, row)
 
-    async def _told(self, name: str, part: Coroutine[Any, Any, None]) -> None:
+    async def _add(self, statement: Add) -> None:
+        self._db.session.add(Item(id=self.first + statement.id))
+
+    async def _write_orphan(self, statement: Orphan) -> None:
+        row = sa.insert(Child).values(id=self.first + statement.id, item_id=-1)
+        await self._call(self._db.session.execute, row)
+
+    async def _fail(self, statement: Fail) -> None:
+        wrong = sa.select(Item.id).where(sa.literal_column("nothing") == 1)
+        await self._call(self._db.session.execute, wrong)
+
+    async def _fail_flush(self, statement: FailFlush) -> None:
+        await self._call(self._db.session.flush)
+        self._db.session.add(Child(id=self.first + statement.id))  # without an item_id
+        await self._call(self._db.session.flush)
+
+    async def _read(self, statement: Read) -> None:
+        mine = sa.select(Item.id).where(Item.id.between(self.first, self.first + SPAN - 1))
+        seen = await self._call(self._db.session.scalars, mine)
+        self.log.append(f"sees {sorted(each - self.first for each in seen)}")
+
+    async def _commit(self, statement: Commit) -> None:
+        await self._call(self._db.session.commit)
+
+    async def _release(self, statement: Release) -> None:
+        await self._call(self._db.release)
+
+    async def _roll_back(self, statement: Rollback) -> None:
+        await self._call(self._db.session.rollback)
+
+    async def _set_rollback_only(self, statement: SetRollbackOnly) -> None:
+        self._db.set_rollback_only()
+
+    async def _raise(self, statement: Raise) -> None:
+        raise ERRORS[statement.error](statement.id)
+
+    async def _swallow(self, statement: Swallow) -> None:
         try:
-            await part
+            await self._body(statement.body)
+        except Exception as error:
+            self.log.append(f"swallowed {describe(error)}")
+
+    async def _savepoint(self, statement: Savepoint) -> None:
+        async with self._entered(self._db.session.begin_nested()):
+            await self._body(statement.body)
+
+    async def _begin(self, statement: Begin) -> None:
+        async with self._entered(self._db.session.begin()):
+            await self._body(statement.body)
+
+    async def _scope(self, scope: Scope) -> None:
+        with self._told(f"scope {scope.id}"):
+            async with self._entered(self._db.session_scope(mode=scope.mode)):
+                await self._body(scope.body)
+
+    async def _block(self, block: Block) -> None:
+        with self._told(f"{block.propagation} {block.id}"):
+            transactional = self._blocks.get(block)
+            if not block.is_decorator:
+                async with self._entered(transactional):
+                    await self._body(block.body)
+            elif self._is_sync:
+                transactional(lambda: finish(self._body(block.body)))()
+            else:
+
+                @transactional
+                async def decorated() -> None:
+                    await self._body(block.body)
+
+                await decorated()
+
+    @contextmanager
+    def _told(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except (Exception, Stop) as error:
             self.log.append(f"{name}: {describe(error)}")
             raise
@@ -182,36 +264,6 @@ class Run:
         else:
             async with block:
                 yield
-
-    async def _read(self) -> None:
-        mine = sa.select(Item.id).where(Item.id.between(self.first, self.first + SPAN - 1))
-        seen = await self._call(self._db.session.scalars, mine)
-        self.log.append(f"sees {sorted(each - self.first for each in seen)}")
-
-    async def _swallow(self, statements: Sequence[Statement]) -> None:
-        try:
-            await self._body(statements)
-        except Exception as error:
-            self.log.append(f"swallowed {describe(error)}")
-
-    async def _scope(self, scope: Scope) -> None:
-        async with self._entered(self._db.session_scope(mode=scope.mode)):
-            await self._body(scope.body)
-
-    async def _block(self, block: Block) -> None:
-        transactional = self._blocks.get(block)
-        if not block.is_decorator:
-            async with self._entered(transactional):
-                await self._body(block.body)
-        elif self._is_sync:
-            transactional(lambda: finish(self._body(block.body)))()
-        else:
-
-            @transactional
-            async def decorated() -> None:
-                await self._body(block.body)
-
-            await decorated()
 
     # ---------------------------------------------------------------- hooks
 
