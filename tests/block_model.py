@@ -148,10 +148,8 @@ class Model:
         if isinstance(statement, (Commit, Release)):
             return not session.can_commit
         is_unusable = session.is_aborted or session.levels[-1].is_broken
-        if isinstance(statement, Add) and is_unusable:
+        if isinstance(statement, (Add, FailFlush)) and is_unusable:
             return True  # SQLAlchemy only warns
-        if isinstance(statement, FailFlush) and session.is_aborted:
-            return True
         writes = isinstance(statement, (Write, Add, Orphan, FailFlush))
         return writes and self._has_single_writer and any(each.is_open for each in others)
 

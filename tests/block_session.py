@@ -260,7 +260,7 @@ class Session:
         if savepoint.is_over:
             return
         self.flush()
-        if self.is_aborted and savepoint.is_set:
+        if self.is_aborted:
             self.roll_back_to(savepoint)
             raise Refused("TransactionAbortedError")
         around = self._leave(savepoint)
