@@ -1,6 +1,7 @@
 """Quart: `app.asgi_app` wrapped; the status decides, since Quart tells nobody what was raised."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -162,10 +163,11 @@ async def test_stream_whose_commit_fails_ends_torn(db, drive, rows):
     assert [] == await rows()
 
 
-async def test_stream_that_runs_out_of_time_is_rolled_back(engine, db, drive, rows):
+async def test_stream_that_runs_out_of_time_is_rolled_back(engine, db, drive, rows, monkeypatch):
     """G7, G10: Quart's own response timeout cancels the stream; what it wrote is gone."""
     app = Quart(__name__)
     cancelled = asyncio.Event()
+    loop = asyncio.get_running_loop()
 
     @app.get("/")
     async def stream() -> Any:
@@ -175,13 +177,15 @@ async def test_stream_that_runs_out_of_time_is_rolled_back(engine, db, drive, ro
             session.add(Item(id=1))
             await session.flush()
             yield b"line\n"
+            # The line is out: the loop's clock goes on by an hour.
+            monkeypatch.setattr(loop, "time", lambda: time.monotonic() + 3600)
             try:
                 await asyncio.Event().wait()
             finally:
                 cancelled.set()
 
         response = Response(lines())
-        response.timeout = 0.05
+        response.timeout = 1800
         return response
 
     served = serve(app, database=db)
