@@ -10,6 +10,7 @@ pytest_plugins = [
     "tests.fix_frameworks",
     "tests.fix_server",
     "tests.fix_sync",
+    "tests.fix_proxy",
 ]
 
 # A busy machine is no bug.

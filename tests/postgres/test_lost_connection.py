@@ -1,87 +1,21 @@
 """The connection to PostgreSQL is lost: before COMMIT, and while COMMIT is on its way."""
 
-import asyncio
-import tempfile
 from collections.abc import AsyncIterator
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope
 from tests.fix_asgi import body, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
+from tests.fix_proxy import Proxy, after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 
-Cut = Literal["before", "after"]
-
-
-class Proxy:
-    """Stands between a client and PostgreSQL, and cuts the connection at COMMIT when it is armed.
-
-    Attributes:
-        cut: `"before"`: COMMIT never reaches the server. `"after"`: its answer never comes back.
-    """
-
-    def __init__(self, url: sa.URL) -> None:
-        self.cut: Cut | None = None
-        self._url = url
-        self._directory = tempfile.TemporaryDirectory(prefix="dbscope-proxy-")
-        self._server: asyncio.Server | None = None
-
-    @property
-    def url(self) -> sa.URL:
-        """Where to connect to."""
-        return self._url.set(host=None, port=None, query={"host": self._directory.name})
-
-    async def __aenter__(self) -> Self:
-        path = Path(self._directory.name, ".s.PGSQL.5432")
-        self._server = await asyncio.start_unix_server(self._serve, path)
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        assert self._server is not None
-        self._server.close()
-        self._directory.cleanup()
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        directory = self._url.query.get("host")
-        port = self._url.port or 5432
-        if isinstance(directory, str) and directory.startswith("/"):
-            there = await asyncio.open_unix_connection(Path(directory, f".s.PGSQL.{port}"))
-        else:
-            there = await asyncio.open_connection(self._url.host or "localhost", port)
-        server_reader, server_writer = there
-        is_cut = asyncio.Event()
-        answers = asyncio.create_task(self._relay(server_reader, writer, is_cut))
-        while data := await reader.read(65536):
-            if b"COMMIT" in data and self.cut is not None:
-                is_cut.set()
-                if self.cut == "before":
-                    break
-                server_writer.write(data)
-                await answers  # the server has committed; nobody hears of it
-                break
-            server_writer.write(data)
-        server_writer.close()
-        await answers
-
-    async def _relay(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, is_cut: asyncio.Event
-    ) -> None:
-        while (data := await reader.read(65536)) and not is_cut.is_set():
-            writer.write(data)
-        writer.close()
-
-
-@pytest.fixture
-async def proxy(engine: AsyncEngine) -> AsyncIterator[Proxy]:
-    """A proxy to the server of the engine."""
-    async with Proxy(engine.url) as proxy:
-        yield proxy
+CUTS = [(before_commit, []), (after_commit, [1])]
+"""Where the connection is lost, and what is committed then."""
 
 
 @pytest.fixture
@@ -121,7 +55,7 @@ async def test_connection_lost_before_commit_is_no_success(db, engine, drive, ro
     assert [] == await rows()
 
 
-@pytest.mark.parametrize(("cut", "committed"), [("before", []), ("after", [1])])
+@pytest.mark.parametrize(("cut", "committed"), CUTS)
 async def test_connection_lost_during_commit_is_in_doubt(db, proxy, drive, rows, cut, committed):
     """G15: COMMIT without an answer is in doubt, whether it got through or not, and says so."""
     scopes = []
@@ -130,7 +64,7 @@ async def test_connection_lost_during_commit_is_in_doubt(db, proxy, drive, rows,
         scopes.append(current_scope())
         db.session.add(Item(id=1))
         await db.session.flush()
-        proxy.cut = cut
+        proxy.arm("cut", cut)
         await respond(send)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
@@ -151,9 +85,8 @@ async def test_next_request_after_a_lost_connection_is_served(db, proxy, drive, 
         await respond(send)
 
     wrapped = DBSessionMiddleware(app, database=db)
-    proxy.cut = "before"
+    proxy.arm("cut", before_commit)
     first = await drive(wrapped, {"type": "http", "path": "/1", "method": "GET"})
-    proxy.cut = None
     second = await drive(wrapped, {"type": "http", "path": "/2", "method": "GET"})
 
     assert first.error is not None
@@ -162,7 +95,7 @@ async def test_next_request_after_a_lost_connection_is_served(db, proxy, drive, 
     assert [2] == await rows()
 
 
-@pytest.mark.parametrize(("cut", "committed"), [("before", []), ("after", [1])])
+@pytest.mark.parametrize(("cut", "committed"), CUTS)
 async def test_body_whose_commit_is_in_doubt_ends_torn(db, proxy, drive, rows, cut, committed):
     """G15, G7: without an answer to the body's COMMIT its last message is not sent."""
 
@@ -170,7 +103,7 @@ async def test_body_whose_commit_is_in_doubt_ends_torn(db, proxy, drive, rows, c
         await send(start(200))
         db.session.add(Item(id=1))
         await db.session.flush()
-        proxy.cut = cut
+        proxy.arm("cut", cut)
         await send(body(b"chunk", more=True))
         await send(body())
 
@@ -181,7 +114,7 @@ async def test_body_whose_commit_is_in_doubt_ends_torn(db, proxy, drive, rows, c
     assert committed == await rows()
 
 
-@pytest.mark.parametrize(("cut", "committed"), [("before", []), ("after", [1])])
+@pytest.mark.parametrize(("cut", "committed"), CUTS)
 async def test_job_whose_commit_is_in_doubt_says_so(db, proxy, rows, cut, committed):
     """G15: a session scope outside a request raises, and its outcome is IN_DOUBT."""
     scopes = []
@@ -191,7 +124,7 @@ async def test_job_whose_commit_is_in_doubt_says_so(db, proxy, rows, cut, commit
             scopes.append(db.scope)
             session.add(Item(id=1))
             await session.flush()
-            proxy.cut = cut
+            proxy.arm("cut", cut)
 
     with pytest.raises(sa.exc.DBAPIError) as raised:
         await job()
@@ -209,11 +142,10 @@ async def test_commit_by_hand_that_is_in_doubt_is_not_the_last_word(db, proxy, d
     async def app(scope, receive, send):
         db.session.add(Item(id=1))
         await db.session.flush()
-        proxy.cut = "after"
+        proxy.arm("cut", after_commit)
         with pytest.raises(sa.exc.DBAPIError):
             await db.session.commit()
         outcomes.append(current_scope().outcome)
-        proxy.cut = None
         await db.session.rollback()
         db.session.add(Item(id=2))
         await respond(send)
