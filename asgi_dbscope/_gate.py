@@ -14,6 +14,7 @@ from sys import exception as handled_exception
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
+from asgi_dbscope._answers import Answer, find_answer, hides_answer
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._hook_runs import run_hooks
@@ -183,6 +184,8 @@ class ResponseGate:
 
     async def finish(self, result: Any, error: BaseException | None) -> Any:
         """The app has returned *result*, or raised *error*: end what it left open."""
+        if self._failure is None and self._phase is Phase.RESPONSE and find_answer(error):
+            self._failure = error
         try:
             if self._failure is not None and (error is None or isinstance(error, Exception)):
                 result = await self._answer_failure(self._failure)
@@ -216,7 +219,10 @@ class ResponseGate:
             responder = self._find_responder(failure)
         if responder is None:
             raise failure from failure.__cause__
-        logger.error("%s: %s", self.scopes[0].label, failure, exc_info=failure)
+        if isinstance(responder, Answer):
+            logger.warning("%s: answered %d: %s", self.scopes[0].label, responder.status, failure)
+        else:
+            logger.error("%s: %s", self.scopes[0].label, failure, exc_info=failure)
         self._failure = None
         result = await responder(self._asgi_scope, self.receive, self.send)
         if self._failure is not None:
@@ -258,10 +264,10 @@ class ResponseGate:
         """Whether a message may pass at once: nothing to settle, nor being settled, nor failed."""
         if self._failure is not None or (self._lock is not None and self._lock.locked()):
             return False
-        for scope in self.scopes:  # noqa: SIM110 - a generator for each message costs twice as much
+        for scope in self.scopes:
             if not scope.is_settled():
                 return False
-        return True
+        return handled_exception() is self._outer_exception  # else it may have an answer of its own
 
     async def _settle_and_send(self, message: Message, exception: BaseException | None) -> None:
         async with self._settling():
@@ -270,6 +276,7 @@ class ResponseGate:
             kind = _type_of(message)
             try:
                 if self._phase is Phase.RESPONSE and kind == "http.response.start":
+                    self._check_answer(message, exception)
                     await self._settle_head(message, exception)
                 elif self._phase is Phase.BODY and self._is_last(kind, message):
                     await self._settle_all(Cause.COMPLETED)
@@ -392,6 +399,15 @@ class ResponseGate:
 
     # ---------------------------------------------------------------- failures before the head
 
+    def _check_answer(self, message: Message, exception: BaseException | None) -> None:
+        """Refuse a framework's own 500 for an *exception* that has an answer of its own."""
+        if (
+            exception is not None
+            and exception is not self._outer_exception
+            and hides_answer(message, exception)
+        ):
+            raise exception
+
     def _answers_failure(self, message: Message) -> bool:
         """Whether the app renders the failure by itself: a new head, with an error status."""
         if self._phase is not Phase.RESPONSE:
@@ -399,6 +415,8 @@ class ResponseGate:
         if _type_of(message) == "http.response.start":
             status = message.get("status")
             if isinstance(status, int) and status >= 400:  # noqa: PLR2004 - an error's
+                if hides_answer(message, self._failure):
+                    return False
                 self._failure = None
                 return True
         return False
@@ -413,10 +431,12 @@ class ResponseGate:
             if responder is not None:
                 return responder
         if "starlette.exception_handlers" in self._asgi_scope:
-            from asgi_dbscope.integrations.starlette import find_responder
+            from asgi_dbscope.integrations.starlette import find_responder, has_last_word
 
-            return find_responder(self._asgi_scope, failure)
-        return None
+            responder = find_responder(self._asgi_scope, failure)
+            if responder is not None or has_last_word(self._asgi_scope):
+                return responder
+        return find_answer(failure)
 
 
 _BODY_MESSAGES = frozenset({"http.response.body", "http.response.zerocopysend"})

@@ -67,6 +67,14 @@ class TransactionTimeoutError(DBScopeError, TimeoutError):
     """A transactional block took longer than its ``timeout``; it was rolled back."""
 
 
+class PoolExhaustedError(DBScopeError, TimeoutError):
+    """No connection came free within ``checkout_timeout``; the message says who holds them."""
+
+
+class OverloadedError(DBScopeError):
+    """The request waited in vain to be let in: ``max_concurrent`` others are being served."""
+
+
 class PoolTooSmallError(DBScopeError):
     """A second connection was asked for while one is held, and the pool could never give it."""
 

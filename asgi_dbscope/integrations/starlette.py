@@ -13,6 +13,16 @@ if TYPE_CHECKING:
     from asgi_dbscope._asgi import ASGIApp, Receive, Scope, Send
 
 
+def has_last_word(scope: Scope) -> bool:
+    """Whether the app answers every error that nobody else does: by a handler, or in debug mode.
+
+    Such a handler (of ``Exception``, or of the status 500) is outside of all middleware.
+    """
+    app = scope.get("app")
+    handlers = getattr(app, "exception_handlers", ())
+    return getattr(app, "debug", False) or Exception in handlers or 500 in handlers  # noqa: PLR2004
+
+
 def find_responder(scope: Scope, failure: BaseException) -> ASGIApp | None:
     """An app that answers with what the exception handler for *failure* makes of it, if any.
 

@@ -1,0 +1,105 @@
+"""Errors that have an HTTP answer of their own, for an app that says nothing else.
+
+Of all the waits here the server knows more than "500": try again later, or it took too long. The
+answers are plain text, and tell nothing of the database.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from asgi_dbscope.errors import OverloadedError, PoolExhaustedError, TransactionTimeoutError
+
+if TYPE_CHECKING:
+    from asgi_dbscope._asgi import Message, Receive, Scope, Send
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A small response: an ASGI app.
+
+    Attributes:
+        status: The HTTP status.
+
+        retry_after: Seconds after which the client may try again; ``None`` to say nothing of it.
+    """
+
+    status: HTTPStatus
+    retry_after: int | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's
+        """Answer; the request's body is left unread."""
+        content = self.status.phrase.encode()
+        headers = [
+            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-length", b"%d" % len(content)),
+        ]
+        if self.retry_after is not None:
+            headers.append((b"retry-after", b"%d" % self.retry_after))
+        await send({"type": "http.response.start", "status": int(self.status), "headers": headers})
+        await send({"type": "http.response.body", "body": content})
+
+
+TRY_AGAIN = Answer(HTTPStatus.SERVICE_UNAVAILABLE, retry_after=1)
+"""There are too many at once, or two were in each other's way: the next attempt may do better."""
+
+TOO_LATE = Answer(HTTPStatus.GATEWAY_TIMEOUT)
+"""The request took longer than it may."""
+
+ANSWERS: dict[type[BaseException], Answer] = {
+    OverloadedError: TRY_AGAIN,
+    PoolExhaustedError: TRY_AGAIN,
+    PoolTimeoutError: TRY_AGAIN,
+    TransactionTimeoutError: TOO_LATE,
+}
+
+_MARK = "asgi_dbscope_answer"
+
+
+def mark(error: BaseException, answer: Answer) -> None:
+    """Let *error*, whose class says nothing, be answered with *answer*."""
+    setattr(error, _MARK, answer)
+
+
+def find_answer(error: BaseException | None) -> Answer | None:
+    """The answer that *error* has of its own, if it has one."""
+    found: Any = error
+    while _is_group(found) and len(found.exceptions) == 1:
+        found = found.exceptions[0]  # of a task group, as older Starlette has them
+    marked: Answer | None = getattr(found, _MARK, None)
+    if marked is not None:
+        return marked
+    kinds: tuple[type, ...] = type(found).__mro__
+    return next((ANSWERS[each] for each in kinds if each in ANSWERS), None)
+
+
+def _is_group(error: object) -> bool:
+    return isinstance(error, BaseExceptionGroup)
+
+
+_PLAIN = frozenset(
+    {
+        (b"text/plain; charset=utf-8", b"21"),  # Starlette, FastAPI: Internal Server Error
+        (b"application/json", b"52"),  # Litestar: {"status_code":500,"detail":"Internal ..."}
+    }
+)
+"""Content types and lengths of the 500 that a framework sends where the app says nothing."""
+
+
+def hides_answer(message: Message, error: BaseException | None) -> bool:
+    """Whether *message* is a framework's own 500 for an *error* that has an answer of its own."""
+    if message.get("status") != HTTPStatus.INTERNAL_SERVER_ERROR or find_answer(error) is None:
+        return False
+    headers: Any = message.get("headers")
+    if not isinstance(headers, (list, tuple)):  # an iterator, which a look would use up
+        return False
+    try:
+        pairs = [(bytes(name).lower(), bytes(value)) for name, value in cast("list[Any]", headers)]
+    except (TypeError, ValueError):  # the server knows best how to object
+        return False
+    found = dict(pairs)
+    return (found.get(b"content-type"), found.get(b"content-length")) in _PLAIN

@@ -1,0 +1,203 @@
+"""Errors that have an HTTP answer of their own: 503 with Retry-After, 504."""
+
+import logging
+
+import pytest
+import sqlalchemy as sa
+
+from asgi_dbscope import (
+    DBSessionMiddleware,
+    OverloadedError,
+    PoolExhaustedError,
+    TransactionTimeoutError,
+    _answers,
+)
+from tests.fix_asgi import body, start
+from tests.fix_database import Item
+
+PLAIN = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"21")]
+
+
+def headers(exchange):
+    """The headers of the head that went out."""
+    return dict(exchange.messages[0]["headers"])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "content"),
+    [
+        (PoolExhaustedError("busy"), 503, b"Service Unavailable"),
+        (OverloadedError("busy"), 503, b"Service Unavailable"),
+        (sa.exc.TimeoutError("QueuePool limit"), 503, b"Service Unavailable"),
+        (TransactionTimeoutError("late"), 504, b"Gateway Timeout"),
+        (ExceptionGroup("", [PoolExhaustedError("busy")]), 503, b"Service Unavailable"),
+    ],
+    ids=["exhausted", "overloaded", "pool", "timeout", "group"],
+)
+async def test_error_that_the_app_raised_is_answered_after_the_rollback(
+    db, drive, rows, timeline, caplog, error, status, content
+):
+    """G14: what the app raised before its head is rolled back, then answered, and logged."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        raise error
+
+    with caplog.at_level(logging.WARNING, "asgi_dbscope"):
+        exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert (None, status, content) == (exchange.error, exchange.status, exchange.body)
+    assert (b"1" if status == 503 else None) == headers(exchange).get(b"retry-after")
+    assert ["checkout", "begin", "rollback", "checkin", f"start {status}", "last body"] == timeline
+    assert [f"GET /: answered {status}: {error}"] == caplog.messages
+    assert [] == await rows()
+
+
+async def test_plain_500_of_a_framework_is_kept_back(db, drive, rows):
+    """G14: a framework's own 500 for such an error, sent while handling it, becomes its answer."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        try:
+            raise PoolExhaustedError("busy")
+        except PoolExhaustedError:
+            await send(start(500, headers=PLAIN))
+            await send(body(b"Internal Server Error"))
+            raise
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert (None, 503) == (exchange.error, exchange.status)
+    assert b"Service Unavailable" == exchange.body
+    assert [] == await rows()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        (500, list),
+        (500, lambda: [(b"content-type", b"application/json"), (b"content-length", b"2")]),
+        (500, lambda: iter(PLAIN)),
+        (500, lambda: [b"nothing to be understood"]),
+        (418, lambda: PLAIN),
+    ],
+    ids=["bare", "json", "iterator", "malformed", "teapot"],
+)
+async def test_head_of_the_apps_own_goes_out(db, drive, head):
+    """G14: an app that answers such an error by itself has the last word."""
+    status, make_headers = head
+
+    async def app(scope, receive, send):
+        assert db.session
+        try:
+            raise PoolExhaustedError("busy")
+        except PoolExhaustedError:
+            await send(start(status, headers=make_headers()))
+            await send(body(b"mine"))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert (status, b"mine") == (exchange.status, exchange.body)
+
+
+async def test_plain_500_of_another_error_goes_out(db, drive):
+    """G18: any other error's 500 passes as it is, and so does one of an error around the app."""
+
+    async def app(scope, receive, send):
+        assert db.session
+        try:
+            raise ZeroDivisionError
+        except ZeroDivisionError:
+            await send(start(500, headers=PLAIN))
+            await send(body(b"Internal Server Error"))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert (500, b"Internal Server Error") == (exchange.status, exchange.body)
+
+
+async def test_error_that_is_handled_around_the_app_is_not_the_apps(db, drive):
+    """G18: an app that is called while somebody handles such an error answers what it likes."""
+
+    async def app(scope, receive, send):
+        assert db.session
+        await send(start(500, headers=PLAIN))
+        await send(body(b"Internal Server Error"))
+
+    guarded = DBSessionMiddleware(app, database=db)
+
+    async def around(scope, receive, send):
+        try:
+            raise PoolExhaustedError("busy")
+        except PoolExhaustedError:
+            await guarded(scope, receive, send)
+
+    exchange = await drive(around)
+
+    assert (500, b"Internal Server Error") == (exchange.status, exchange.body)
+
+
+async def test_commit_error_response_is_asked_first(db, drive):
+    """G14: `commit_error_response` answers such an error in its own way."""
+
+    async def render(scope, receive, send):
+        await send(start(429))
+        await send(body(b"later"))
+
+    async def app(scope, receive, send):
+        assert db.session
+        raise PoolExhaustedError("busy")
+
+    asked = DBSessionMiddleware(app, database=db, commit_error_response=lambda scope, error: render)
+    exchange = await drive(asked)
+
+    assert (429, b"later") == (exchange.status, exchange.body)
+
+
+async def test_error_after_the_head_surfaces(db, drive):
+    """G14: once a head is out nothing is answered any more."""
+
+    async def app(scope, receive, send):
+        assert db.session
+        await send(start(200))
+        raise PoolExhaustedError("busy")
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, PoolExhaustedError)
+    assert 200 == exchange.status
+
+
+async def test_error_of_any_class_can_be_given_an_answer(db, drive):
+    """G14: an error of a driver's class, whose meaning only its code tells, is marked."""
+
+    async def app(scope, receive, send):
+        assert db.session
+        error = sa.exc.OperationalError("UPDATE", {}, Exception("deadlock detected"))
+        _answers.mark(error, _answers.TRY_AGAIN)
+        raise error
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert 503 == exchange.status
+
+
+async def test_error_in_a_failed_commit_is_answered_over_a_plain_500(db, drive, rows):
+    """G14: an app that makes a plain 500 of what `send` raised is answered for."""
+
+    def late(head):
+        raise TransactionTimeoutError("late")
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        try:
+            await send(start(200))
+        except TransactionTimeoutError:
+            await send(start(500, headers=PLAIN))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, commit_policy=late))
+
+    assert (None, 504) == (exchange.error, exchange.status)
+    assert [] == await rows()
