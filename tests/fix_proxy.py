@@ -247,8 +247,9 @@ class End(asyncio.Protocol):
                 fault.happen(self, message)
 
     def _pass_on(self, message: Message) -> None:
-        if self._other.transport is not None:
-            self._other.transport.write(message.data)
+        transport = self._other.transport
+        if transport is not None and not transport.is_closing():
+            transport.write(message.data)
 
     def swallow(self) -> None:
         """Nothing that it sends arrives any more, although the connection stays open."""

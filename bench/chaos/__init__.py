@@ -1,0 +1,1 @@
+"""Faults on purpose, under load, and an audit of the database afterwards."""

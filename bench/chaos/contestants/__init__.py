@@ -1,0 +1,1 @@
+"""The same app, with a session obtained in different ways: one file for each."""

@@ -1,0 +1,82 @@
+"""What a run came to: as JSON, and as a row of the table that the documentation shows."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from bench.chaos.runner import Results
+
+COLUMNS = (
+    "",
+    "requests that write",
+    "faults and faulty requests",
+    "acknowledged, missing",
+    "error, yet present",
+    "in doubt: committed, rolled back",
+    "halves",
+    "connections, transactions, tasks left",
+    "next 100 failed",
+)
+
+
+def row(results: Results) -> list[str]:
+    """The results in the order of `COLUMNS`."""
+    findings, left = results.findings, results.left
+    log = results.log
+    leaks = (
+        left["checked out"] + log["connections collected"],
+        left["idle in transaction"],
+        left["tasks"] + log["tasks destroyed"],
+    )
+    return [
+        results.contestant,
+        f"{findings.requests:,}",
+        f"{results.faulty:,}",
+        f"{findings.missing.total():,}",
+        f"{findings.present.total():,}",
+        f"{findings.in_doubt['committed']:,}, {findings.in_doubt['rolled back']:,}",
+        f"{findings.halves.total() + results.wrong_sums:,}",
+        ", ".join(f"{count:,}" for count in leaks),
+        f"{results.next_failed:,} of {results.next_tried:,}",
+    ]
+
+
+def table(rows: Iterable[list[str]]) -> str:
+    """A markdown table."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def violations(results: Results) -> list[str]:
+    """What the audit found that must not be."""
+    findings, left = results.findings, results.left
+    found = {
+        "acknowledged and missing": findings.missing.total(),
+        "answered with an error, and present": findings.present.total(),
+        "halves": findings.halves.total(),
+        "sums that can't be": results.wrong_sums,
+        "requests without an end": findings.hung.total(),
+        "of the next requests failed": results.next_failed,
+        **{f"left: {name}": count for name, count in left.items()},
+        **{name: count for name, count in results.log.items() if name != "logged as in doubt"},
+    }
+    return [f"{name}: {count}" for name, count in found.items() if count]
+
+
+def as_json(results: Results, seed: int) -> dict[str, Any]:
+    """Everything, with where it was measured."""
+    names = ("sqlalchemy", "asyncpg", "uvicorn", "fastapi", "starlette")
+    return {
+        **vars(results),
+        "findings": vars(results.findings),
+        "faulty": results.faulty,
+        "violations": violations(results),
+        "seed": seed,
+        "machine": {"python": platform.python_version(), "system": platform.platform()},
+        "versions": {name: importlib.metadata.version(name) for name in names},
+    }

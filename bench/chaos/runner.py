@@ -1,0 +1,347 @@
+"""One contestant's run: rounds of storm and calm, each on a server of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import sqlalchemy as sa
+
+from bench.chaos import ledger
+from bench.chaos.app import APPLICATION_NAME, GRACE, STATE
+from bench.chaos.audit import Findings, audit
+from bench.chaos.client import Client
+from bench.chaos.faults import Faults, connect
+from bench.chaos.requests import KINDS, Visitors
+from tests.fix_postgres import WheelServer
+from tests.fix_proxy import Proxy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bench.chaos.faults import Connection
+
+SETTINGS = {
+    # An immediate restart kills the server: what it has confirmed must be in the log by then.
+    # (In the log, not on the disk: the machine itself isn't switched off.)
+    "synchronous_commit": "on",
+    "full_page_writes": "on",
+    "deadlock_timeout": "50ms",
+    "lock_timeout": "1s",
+    "autovacuum": "on",
+}
+
+SERVE = Path(__file__).with_name("serve.py")
+TELLTALES = {
+    "non-checked-in connection": "connections collected",
+    "was never awaited": "coroutines never awaited",
+    "was destroyed but it is pending": "tasks destroyed",
+    "exception was never retrieved": "exceptions never retrieved",
+    "may or may not have been committed": "logged as in doubt",
+}
+"""What the app's log is read for."""
+
+CALM = 15.0
+"""Seconds that the app has to come to rest."""
+
+TRIED = 100
+"""Requests that must succeed after each storm."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """How one round is.
+
+    Attributes:
+        pool_size: Of the app's engine.
+
+        clients: At the same time.
+
+        pause: Seconds between two faults, on average.
+
+        storm: Seconds.
+    """
+
+    pool_size: int
+    clients: int
+    pause: float
+    storm: float
+
+
+ROUNDS = (Round(10, 24, 0.1, 10.0), Round(2, 200, 0.3, 8.0))
+"""They take turns."""
+
+
+@dataclass
+class Results:
+    """What a run came to.
+
+    Attributes:
+        contestant: Who.
+
+        seconds: How long.
+
+        rounds: How many servers were started and ended.
+
+        faults: What happened to the network and the database.
+
+        kinds: The clients' requests.
+
+        log: What the app's log was read for, how often.
+
+        left: What was left over when the app had come to rest.
+
+        next_failed: Of the requests after each storm, those that didn't succeed.
+    """
+
+    contestant: str
+    seconds: float = 0.0
+    rounds: int = 0
+    faults: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
+    findings: Findings = field(default_factory=Findings)
+    wrong_sums: int = 0
+    log: Counter[str] = field(default_factory=Counter)
+    left: Counter[str] = field(default_factory=Counter)
+    next_tried: int = 0
+    next_failed: int = 0
+    named: list[Any] = field(default_factory=list)
+
+    @property
+    def faulty(self) -> int:
+        """How many faults and faulty requests there were."""
+        return self.faults.total() + sum(
+            count for kind, count in self.kinds.items() if KINDS[kind].is_faulty
+        )
+
+
+class Run:
+    """Runs one contestant.
+
+    Args:
+        contestant: The name of its module.
+
+        python: The interpreter of its environment.
+
+        seed: Of all chance.
+
+        is_over: Asked after each round.
+
+        logs: Where the app's logs are kept.
+
+        tell: Told what is done, now and then.
+    """
+
+    def __init__(
+        self,
+        contestant: str,
+        *,
+        python: str = sys.executable,
+        seed: int = 0,
+        is_over: Callable[[Results], bool],
+        logs: Path,
+        tell: Callable[[Results, str], object],
+    ) -> None:
+        self.results = Results(contestant)
+        self._python = python
+        self._chance = random.Random(seed)
+        self._ids = itertools.count(1)
+        self._is_over = is_over
+        self._logs = logs
+        self._tell = tell
+        self._begun = time.monotonic()
+
+    async def run(self) -> Results:
+        """Run it."""
+        server = WheelServer(**SETTINGS)
+        try:
+            await asyncio.to_thread(_create, server)
+            async with Proxy(server.url()) as proxy:
+                for each in itertools.cycle(ROUNDS):
+                    await self._run_round(each, server, proxy)
+                    self.results.rounds += 1
+                    self.results.seconds = time.monotonic() - self._begun
+                    if self._is_over(self.results):
+                        return self.results
+        finally:
+            server.stop()
+        raise AssertionError
+
+    async def _run_round(self, each: Round, server: WheelServer, proxy: Proxy) -> None:
+        log = self._logs / f"{self.results.contestant}-{self.results.rounds}.log"
+        url = proxy.url.set(drivername="postgresql+asyncpg")
+        async with App(self._python, self.results.contestant, url, each.pool_size, log) as app:
+            visitors = Visitors(app.port, self._chance, self._ids)
+            faults = Faults(proxy, server, self._chance)
+            await app.state()  # with nothing under way: what is there now is the server's own
+            self._tell(self.results, f"storm: {each.clients} clients, a pool of {each.pool_size}")
+            async with _clients(visitors, each.clients):
+                await faults.rage(each.storm, pause=each.pause, has_restart=True)
+            self._tell(self.results, "calm")
+            await self._look_around(app, server)
+            await self._try_next(app.port)
+            self._tell(self.results, "SIGTERM under load")
+            visitors.is_over = False
+            async with _clients(visitors, each.clients):
+                await faults.rage(
+                    self._chance.uniform(0.5, 1.5), pause=each.pause, has_restart=False
+                )
+                self.results.left["servers that didn't end"] += not await app.end()
+            faults.counts["SIGTERM"] += 1
+        await self._settle_accounts(server, visitors, faults)
+        for line, name in TELLTALES.items():
+            self.results.log[name] += log.read_text(errors="replace").count(line)
+
+    async def _look_around(self, app: App, server: WheelServer) -> None:
+        """What is left over once everything should be over."""
+        connection = await connect(server.url(), "chaos audit")
+        try:
+            deadline = time.monotonic() + CALM
+            while True:
+                state = await app.state()
+                state["idle in transaction"] = await _count_backends(
+                    connection, "idle in transaction%"
+                )
+                if not any(state.values()) or time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.1)
+        finally:
+            await connection.close()
+        if any(state.values()):
+            self.results.named.append(state)
+        state["tasks"] = len(state["tasks"])
+        for name, count in state.items():
+            self.results.left[name] += count
+
+    async def _try_next(self, port: int) -> None:
+        """Ordinary requests, one after the other."""
+        client = Client(port)
+        for _ in range(TRIED):
+            one, other = self._chance.sample(range(ledger.ACCOUNTS), 2)
+            content = {"id": next(self._ids), "sender": one, "recipient": other}
+            answer = await client.request("POST", "/transfers", content)
+            self.results.next_tried += 1
+            if answer.status != 201:  # noqa: PLR2004
+                self.results.next_failed += 1
+                self.results.named.append({"next": answer.status, "body": str(answer.body)})
+        client.leave()
+
+    async def _settle_accounts(
+        self, server: WheelServer, visitors: Visitors, faults: Faults
+    ) -> None:
+        """The audit of one round; its server is gone."""
+        results = self.results
+        connection = await connect(server.url(), "chaos audit")
+        try:
+            deadline = time.monotonic() + CALM
+            while await _count_backends(connection):
+                if time.monotonic() > deadline:
+                    results.left["backends of a server that is gone"] += 1
+                    break
+                await asyncio.sleep(0.1)
+            await audit(connection, visitors.asked, results.findings)
+        finally:
+            await connection.close()
+        results.faults += faults.counts
+        results.kinds += visitors.counts
+        results.wrong_sums += len(visitors.wrong_sums)
+
+
+@contextlib.asynccontextmanager
+async def _clients(visitors: Visitors, number: int) -> Any:
+    """Clients for the time of the block; it ends when the last has its answer."""
+    async with asyncio.TaskGroup() as group:
+        for _ in range(number):
+            group.create_task(visitors.visit())
+        try:
+            yield
+        finally:
+            visitors.is_over = True
+
+
+async def _count_backends(connection: Connection, state: str = "%") -> int:
+    """How many of the app's connections the server knows in *state*."""
+    found = await connection.execute(
+        "SELECT FROM pg_stat_activity WHERE application_name = %s AND state LIKE %s",
+        [APPLICATION_NAME, state],
+    )
+    return found.rowcount
+
+
+def _create(server: WheelServer) -> None:
+    """Start the server; make the tables."""
+    engine = sa.create_engine(server.url().set(drivername="postgresql+psycopg"))
+    with engine.begin() as connection:
+        ledger.Base.metadata.create_all(connection)
+        connection.execute(
+            sa.insert(ledger.Account),
+            [{"id": id_, "balance": ledger.OPENING_BALANCE} for id_ in range(ledger.ACCOUNTS)],
+        )
+        connection.execute(sa.insert(ledger.Label).values(name=ledger.LABEL))
+    engine.dispose()
+
+
+class App:
+    """The server process of one round."""
+
+    def __init__(
+        self, python: str, contestant: str, url: sa.URL, pool_size: int, log: Path
+    ) -> None:
+        self._command = [python, "-P", str(SERVE), contestant]
+        self._command += [url.render_as_string(hide_password=False), str(pool_size)]
+        self._log = log
+        self.port = 0
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def __aenter__(self) -> Self:
+        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
+            self.port = listener.getsockname()[1]
+            with self._log.open("wb") as log:
+                self._process = await asyncio.create_subprocess_exec(
+                    *self._command,
+                    str(listener.fileno()),
+                    pass_fds=[listener.fileno()],
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        return self
+
+    async def state(self) -> dict[str, Any]:
+        """What is under way in it."""
+        client = Client(self.port)
+        answer = await client.request("GET", STATE, patience=30)
+        client.leave()
+        if not answer.is_complete:
+            raise RuntimeError(f"the app doesn't answer: see {self._log}")
+        found: dict[str, Any] = json.loads(answer.body)
+        return found
+
+    async def end(self) -> bool:
+        """Send SIGTERM; whether it ended by itself."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(GRACE + CALM):
+                await self._process.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._process is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        await self._process.wait()
