@@ -8,6 +8,7 @@ from asgi_dbscope._lifecycle import Outcome, State
 from asgi_dbscope._middleware import DBSessionMiddleware
 from asgi_dbscope._options import session_options
 from asgi_dbscope._policy import CommitPolicy, commit_on_success, commit_unless_error
+from asgi_dbscope._poolers import pgbouncer_options
 from asgi_dbscope._propagation import Propagation
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import (
@@ -73,6 +74,7 @@ __all__ = [
     "on_commit",
     "on_completion",
     "on_rollback",
+    "pgbouncer_options",
     "session_options",
     "transactional",
 ]

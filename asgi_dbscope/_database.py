@@ -26,6 +26,7 @@ from asgi_dbscope._hooks import HookRegistrar
 from asgi_dbscope._options import Concurrency, LabelTransactions, ScopeOptions, check_choice
 from asgi_dbscope._policy import Cause
 from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
+from asgi_dbscope._poolers import Pooler
 from asgi_dbscope._propagation import Propagation, PropagationName
 from asgi_dbscope._transactional import TransactionalBlock
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
@@ -84,6 +85,9 @@ class Database(Generic[S]):
         cleanup_timeout: Seconds that a clean-up (a rollback, the wait for child tasks) may take
             before the connection is thrown away.
 
+        pooler: ``"pgbouncer"`` where *source* is the URL of a PgBouncer in transaction mode; an
+            engine of your own is made with :func:`.pgbouncer_options`.
+
     Raises:
         ConfigurationError: If an argument is wrong.
     """
@@ -98,6 +102,7 @@ class Database(Generic[S]):
         concurrency: Concurrency = ...,
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
+        pooler: Pooler | None = ...,
     ) -> None: ...
 
     @overload
@@ -145,6 +150,7 @@ class Database(Generic[S]):
         concurrency: Concurrency = "error",
         label_transactions: LabelTransactions | None = None,
         cleanup_timeout: float = 10.0,
+        pooler: Pooler | None = None,
     ) -> None:
         if not isinstance(name, str) or not name:
             msg = f"name must be a string that is not empty; got {name!r}."
@@ -159,8 +165,9 @@ class Database(Generic[S]):
         self.label_transactions = label_transactions
         self.cleanup_timeout = float(cleanup_timeout)
         self.owned_engine: AsyncEngine | Engine | None = None
+        _check_pooler(pooler, source)
         if isinstance(source, (str, URL)):
-            source = self.owned_engine = make_engine(source)
+            source = self.owned_engine = make_engine(source, pooler)
         self.session_factory: Any = reporting_factory(source)
         self.is_sync = isinstance(self.session_factory, sessionmaker)
         self.with_ = "with" if self.is_sync else "async with"
@@ -482,6 +489,18 @@ class Database(Generic[S]):
             await anyio.to_thread.run_sync(self.owned_engine.dispose)
         elif self.owned_engine is not None:
             await self.owned_engine.dispose()
+
+
+def _check_pooler(pooler: object, source: object) -> None:
+    if pooler is None:
+        return
+    check_choice("pooler", pooler, get_args(Pooler))
+    if not isinstance(source, (str, URL)):
+        msg = (
+            f"pooler={pooler!r} needs a URL: what an engine was made with can't be changed. Make "
+            "yours with create_async_engine(url, **pgbouncer_options(url)), and leave pooler out."
+        )
+        raise ConfigurationError(msg)
 
 
 class _AsyncSessionProxy(async_scoped_session[Any]):

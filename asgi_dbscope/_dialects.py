@@ -19,8 +19,15 @@ if TYPE_CHECKING:
 POSTGRESQL = frozenset({"postgresql", "cockroachdb"})
 """Dialects whose server aborts the whole transaction at any error."""
 
+MYSQL = frozenset({"mysql", "mariadb"})
+"""The dialects for MariaDB and MySQL: how the URL spells it, not which of them it is."""
+
 QUERY_ONLY = "asgi_dbscope_query_only"
 """The key in a pooled connection's ``info`` that says ``PRAGMA query_only`` is on."""
+
+STATEMENT_TIME = "asgi_dbscope_max_statement_time"
+"""The key in a pooled connection's ``info`` that says MariaDB's ``max_statement_time`` is ours, and
+the name of the server's variable that keeps what it was before."""
 
 SQLITE_ROLLED_BACK = frozenset(
     {
@@ -34,6 +41,16 @@ SQLITE_ROLLED_BACK = frozenset(
 )
 """Errors after which SQLite may have rolled back by itself (sqlite.org/lang_transaction.html)."""
 
+
+INNODB_ROLLED_BACK = frozenset({1020, 1206, 1213})
+"""Errors at which InnoDB has rolled back the whole transaction; the next statement begins another.
+
+ER_CHECKREAD (a changed record, under ``innodb_snapshot_isolation``), ER_LOCK_TABLE_FULL and
+ER_LOCK_DEADLOCK.
+"""
+
+LOCK_WAIT_TIMEOUT = 1205
+"""InnoDB rolls back the statement; the whole transaction with ``innodb_rollback_on_timeout``."""
 
 _APPLICATION_NAME = text("SELECT set_config('application_name', :label, true)")
 
@@ -81,6 +98,11 @@ def enforce_read_only(connection: Connection) -> None:
         connection.info[QUERY_ONLY] = True
         connection.exec_driver_sql("PRAGMA query_only = ON")
         return
+    if dialect in MYSQL:
+        # For the transaction that the next statement begins, and for no other. Refused inside of
+        # one, where START TRANSACTION READ ONLY would commit what is there.
+        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
+        return
     msg = (
         f"read_only=True can't be enforced on {dialect} yet, and asgi_dbscope doesn't leave it to "
         "trust. Give the engine a database user that may only read."
@@ -92,8 +114,16 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
     """Let the server itself end a transaction that takes longer, where it can.
 
     Also when this process doesn't come back to it: a transaction that idles is ended too, and its
-    locks with it. Both settings end with the transaction (postgresql.org, ``SET LOCAL``).
+    locks with it. Both settings end with the transaction (postgresql.org, ``SET LOCAL``). MariaDB
+    has one for statements, which ends with the session: :func:`undo_settings` takes it back.
     """
+    if getattr(connection.dialect, "is_mariadb", False):
+        connection.info[STATEMENT_TIME] = True
+        connection.exec_driver_sql(
+            f"SET @{STATEMENT_TIME} = @@SESSION.max_statement_time, "
+            f"SESSION max_statement_time = {max(seconds, 0.001):.3f}"
+        )
+        return
     if connection.dialect.name != "postgresql":
         return
     milliseconds = min(max(1, round(seconds * 1000)), 2**31 - 1)  # the setting's own limits
@@ -106,7 +136,15 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
 def is_statement_timeout(error: BaseException) -> bool:
     """Whether *error* is the server's answer to :func:`limit_transaction`."""
     original = getattr(error, "orig", None)
-    return getattr(original, "sqlstate", None) == "57014"  # query_canceled
+    if getattr(original, "sqlstate", None) == "57014":  # query_canceled
+        return True
+    return mysql_error(original) == 1969  # noqa: PLR2004 - ER_STATEMENT_TIMEOUT
+
+
+def mysql_error(error: BaseException | None) -> int | None:
+    """The number of an error of MariaDB or MySQL, as their drivers tell it."""
+    number = error.args[0] if error is not None and error.args else None
+    return number if isinstance(number, int) else None
 
 
 def label_transaction(connection: Connection, label: str) -> None:
@@ -116,17 +154,23 @@ def label_transaction(connection: Connection, label: str) -> None:
     )  # as much as PostgreSQL keeps
 
 
-def undo_read_only(
+def undo_settings(
     dbapi_connection: DBAPIConnection,
     connection_record: ConnectionPoolEntry,
     reset_state: PoolResetState,
 ) -> None:
-    """Take ``PRAGMA query_only`` back before the connection's next user has it."""
-    if not connection_record.info.pop(QUERY_ONLY, False) or reset_state.terminate_only:
+    """Take the settings that outlive a transaction back before the connection's next user."""
+    if connection_record.info.pop(QUERY_ONLY, False):
+        statement = "PRAGMA query_only = OFF"
+    elif connection_record.info.pop(STATEMENT_TIME, False):
+        statement = f"SET SESSION max_statement_time = @{STATEMENT_TIME}"
+    else:
+        return
+    if reset_state.terminate_only:
         return
     cursor = dbapi_connection.cursor()
     try:
-        cursor.execute("PRAGMA query_only = OFF")
+        cursor.execute(statement)
     finally:
         cursor.close()
 
@@ -165,7 +209,15 @@ def may_abort(connection: Connection, error: BaseException) -> bool:
         return code in SQLITE_ROLLED_BACK and not is_in_transaction(
             connection.connection.dbapi_connection
         )
+    if dialect in MYSQL:
+        number = mysql_error(error)
+        return number == LOCK_WAIT_TIMEOUT or number in INNODB_ROLLED_BACK
     return False
+
+
+def is_sure(error: BaseException | None) -> bool:
+    """Whether no later error can tell more than *error* of what became of the transaction."""
+    return error is not None and mysql_error(error) != LOCK_WAIT_TIMEOUT
 
 
 def can_ask(connection: Connection) -> bool:
@@ -173,11 +225,14 @@ def can_ask(connection: Connection) -> bool:
     return connection.dialect.name in POSTGRESQL and not is_autocommit(connection)
 
 
-def is_aborted(connection: Connection) -> bool:
+def is_aborted(connection: Connection, error: BaseException | None) -> bool:
     """Ask the database whether the transaction that :func:`may_abort` suspects is aborted."""
     if connection.dialect.name in POSTGRESQL:
         connection.exec_driver_sql("SELECT 1")  # refused in an aborted transaction (25P02)
         return False
+    if connection.dialect.name in MYSQL and mysql_error(error) == LOCK_WAIT_TIMEOUT:
+        asked = connection.exec_driver_sql("SELECT @@innodb_rollback_on_timeout")
+        return bool(asked.scalar())
     return True
 
 

@@ -71,7 +71,7 @@ def watch_engine(engine: Engine) -> None:
         return
     _watched_dialects.add(engine.dialect)
     event.listen(engine, "handle_error", _on_error)
-    event.listen(engine, "reset", _dialects.undo_read_only)
+    event.listen(engine, "reset", _dialects.undo_settings)
     event.listen(engine, "checkin", _on_checkin)
 
 
@@ -148,7 +148,7 @@ def refuse_if_aborted(connection: Connection) -> None:
     if error is None and not (connection in _handed_out and _dialects.can_ask(connection)):
         return
     try:
-        is_aborted = connection.invalidated or _dialects.is_aborted(connection)
+        is_aborted = connection.invalidated or _dialects.is_aborted(connection, error)
     except Exception as refusal:  # noqa: BLE001 - whatever it is, it can't be committed
         is_aborted, error = True, error or refusal
     if not is_aborted:
@@ -159,10 +159,18 @@ def refuse_if_aborted(connection: Connection) -> None:
         f"{scope!r} can't commit: the database aborted this transaction at an "
         f"earlier error ({type(error).__name__}: {error}), which the code caught and went on from. "
         "Nothing of the transaction is kept. Let the error propagate; or, where it is expected, "
-        f"wrap the statement in `{scope.database.with_} session.begin_nested():` so that only this "
-        "part is rolled back; or call session.rollback() and begin again."
+        f"{_remedy(connection, scope)}call session.rollback() and begin again."
     )
     raise TransactionAbortedError(msg) from error
+
+
+def _remedy(connection: Connection, scope: SessionScope[Any]) -> str:
+    if connection.dialect.name not in _dialects.POSTGRESQL:
+        return ""  # the savepoints are gone too
+    return (
+        f"wrap the statement in `{scope.database.with_} session.begin_nested():` so that only this "
+        "part is rolled back; or "
+    )
 
 
 def _on_error(context: ExceptionContext) -> None:
@@ -179,7 +187,8 @@ def _on_error(context: ExceptionContext) -> None:
         if _dialects.outlives_cancellation(connection, error):
             context.is_disconnect = False
     elif _dialects.may_abort(connection, error):
-        _errors.setdefault(connection, error)
+        if not _dialects.is_sure(_errors.get(connection)):
+            _errors[connection] = error
         if scope.state is State.COMMITTING:  # past the session's check: a listener of the user's
             guard_commit(connection)
 

@@ -14,12 +14,13 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, sessionmaker
 
+from asgi_dbscope._poolers import Pooler, pgbouncer_options
 from asgi_dbscope._session import reporting_session_class
 from asgi_dbscope.errors import ConfigurationError
 
 
-def make_engine(url: URL | str) -> AsyncEngine | Engine:
-    """An engine for *url*: asynchronous if its driver can be.
+def make_engine(url: URL | str, pooler: Pooler | None = None) -> AsyncEngine | Engine:
+    """An engine for *url*, by way of *pooler*: asynchronous if its driver can be.
 
     Raises:
         ConfigurationError: If none can be made.
@@ -32,11 +33,12 @@ def make_engine(url: URL | str) -> AsyncEngine | Engine:
             "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'."
         )
         raise ConfigurationError(msg) from error
+    options = {} if pooler is None else pgbouncer_options(parsed)
     try:
         dialect = parsed.get_dialect()
         if dialect.get_async_dialect_cls(parsed).is_async:
-            return create_async_engine(parsed)
-        return create_engine(parsed)
+            return create_async_engine(parsed, **options)
+        return create_engine(parsed, **options)
     except (SQLAlchemyError, ImportError) as error:
         msg = (
             f"No engine can be made from this URL ({parsed.drivername}): {error}. Is the driver "

@@ -4,6 +4,8 @@ from hypothesis import HealthCheck, settings
 
 pytest_plugins = [
     "tests.fix_postgres",
+    "tests.fix_mariadb",
+    "tests.fix_pgbouncer",
     "tests.fix_database",
     "tests.fix_asgi",
     "tests.fix_leaks",

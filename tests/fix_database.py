@@ -20,6 +20,8 @@ DRIVERS = ("sqlite", "asyncpg")
 
 POSTGRES_DRIVERS = ("asyncpg", "psycopg")
 
+MARIADB_DRIVERS = ("asyncmy", "aiomysql", "pymysql")
+
 
 class Base(DeclarativeBase):
     """The schema of the tests."""
@@ -82,11 +84,12 @@ def make_engine(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[...,
     def make(driver: str, *, file: str = "test.db", **options: Any) -> AsyncEngine:
         if driver == "sqlite":
             return _make_sqlite(tmp_path / file, **options)
+        options = {"pool_size": 5, "max_overflow": 5, "pool_timeout": 10, **options}
+        if driver in MARIADB_DRIVERS:
+            url = request.getfixturevalue("mariadb_schema").url
+            return create_async_engine(url.set(drivername=f"mysql+{driver}"), **options)
         url = request.getfixturevalue("postgres_schema").url
-        return create_async_engine(
-            url.set(drivername=f"postgresql+{driver}"),
-            **{"pool_size": 5, "max_overflow": 5, "pool_timeout": 10, **options},
-        )
+        return create_async_engine(url.set(drivername=f"postgresql+{driver}"), **options)
 
     return make
 
@@ -138,9 +141,10 @@ async def engine(
     yield engine
     timeline.clear()
     leaked = engine.pool.checkedout()  # type: ignore[attr-defined]
-    if engine.dialect.name == "postgresql":
+    if engine.dialect.name != "sqlite":
+        tables = Base.metadata.sorted_tables
         async with engine.begin() as connection:
-            for table in reversed(Base.metadata.sorted_tables):
+            for table in reversed(tables[:1] if engine.dialect.name == "mysql" else tables):
                 await connection.execute(table.delete())
     await engine.dispose()
     assert 0 == leaked, "a connection was not given back"
@@ -155,8 +159,9 @@ def db(engine: AsyncEngine) -> Database[Any]:
 @pytest.fixture
 def rows(request: pytest.FixtureRequest, engine: AsyncEngine) -> Callable[[], Awaitable[list[int]]]:
     """What is committed: the ids of the items, by a connection of its own."""
-    is_sqlite = engine.dialect.name == "sqlite"
-    observer = None if is_sqlite else request.getfixturevalue("postgres_schema")
+    schemas = {"sqlite": None, "mysql": "mariadb_schema", "postgresql": "postgres_schema"}
+    schema = schemas[engine.dialect.name]
+    observer = None if schema is None else request.getfixturevalue(schema)
 
     async def ids() -> list[int]:
         if observer is None:

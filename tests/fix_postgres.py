@@ -106,7 +106,7 @@ class WheelServer:
         if os.geteuid() == 0:
             if not _everyone_may_enter(programs):
                 programs = _copy(programs, directory)
-            identity = _give_to_nobody(directory)
+            identity = give_to_nobody(directory)
         settings = {**self._settings, "unix_socket_directories": f"'{directory}'"}
         options = " ".join(f"-c {name}={value}" for name, value in settings.items())
         self._keeper = subprocess.Popen(
@@ -176,7 +176,7 @@ def _copy(programs: Path, directory: Path) -> Path:
     return directory / programs.relative_to(package.parent)
 
 
-def _give_to_nobody(directory: Path) -> dict[str, Any]:
+def give_to_nobody(directory: Path) -> dict[str, Any]:
     """Make the directory nobody's; return what `subprocess` needs to act as nobody."""
     import pwd
 
@@ -208,7 +208,7 @@ class NamedServer:
 
 Server = WheelServer | NamedServer
 _SERVER = pytest.StashKey[Server]()
-_TELLTALES = ("asyncpg", "postgres", "psycopg")
+_TELLTALES = ("asyncpg", "pgbouncer", "postgres", "psycopg")
 """Of the name of a fixture, or of a parameter, of a test that uses PostgreSQL."""
 _WORKER_INPUT = "dbscope_postgres"
 _UNAVAILABLE = (PostgresUnavailable, ImportError, OSError, sa.exc.SQLAlchemyError)

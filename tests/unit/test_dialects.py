@@ -7,15 +7,15 @@ from typing import Any
 import aiosqlite
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects import mssql, mysql
 from sqlalchemy.engine.default import DefaultDialect
 
 from asgi_dbscope import ConfigurationError, _dialects
 
 
-def mysql_connection() -> Any:
-    """What the table asks of a connection to a MySQL that isn't there."""
-    return SimpleNamespace(dialect=mysql.dialect(), get_execution_options=dict)
+def connection_of(dialect: Any) -> Any:
+    """What the table asks of a connection to a database that isn't there."""
+    return SimpleNamespace(dialect=dialect, get_execution_options=dict)
 
 
 def engine_of(dialect: Any) -> sa.Engine:
@@ -29,8 +29,8 @@ def engine_of(dialect: Any) -> sa.Engine:
 
 def test_read_only_is_refused_where_no_database_would_enforce_it():
     """G20: `read_only=True` on a database that we can't make enforce it is an error, no promise."""
-    with pytest.raises(ConfigurationError, match="can't be enforced on mysql yet") as caught:
-        _dialects.enforce_read_only(mysql_connection())
+    with pytest.raises(ConfigurationError, match="can't be enforced on mssql yet") as caught:
+        _dialects.enforce_read_only(connection_of(mssql.dialect()))
 
     assert "database user that may only read" in str(caught.value)
 
@@ -57,10 +57,11 @@ def test_isolation_level_is_left_to_a_dialect_that_lists_none():
 
 
 def test_error_aborts_no_transaction_on_a_database_that_goes_on():
-    """G21: MySQL rolls back only the failed statement, so the rest may still be committed."""
+    """G21: where only the failed statement is rolled back, the rest may still be committed."""
     error = sqlite3.IntegrityError("duplicate")
 
-    assert not _dialects.may_abort(mysql_connection(), error)
+    assert not _dialects.may_abort(connection_of(mysql.dialect()), error)
+    assert not _dialects.may_abort(connection_of(mssql.dialect()), error)
 
 
 def test_driver_that_says_nothing_of_transactions_is_in_none():

@@ -94,8 +94,10 @@ def test_core_needs_two_packages_only():
 
 
 def test_extras_are_those_documented(metadata):
-    """The extras are sqlite, postgresql and demo."""
-    assert {"demo", "postgresql", "sqlite"} == set(metadata.get_all("Provides-Extra"))
+    """The extras are one for each asynchronous driver, and demo."""
+    extras = {"demo", "mysql", "postgresql", "psycopg", "sqlite"}
+
+    assert extras == set(metadata.get_all("Provides-Extra"))
 
 
 def test_oldest_environment_runs_declared_lower_bounds(project):

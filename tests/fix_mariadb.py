@@ -1,0 +1,139 @@
+"""Pytest plugin: a real MariaDB, from the system's package or from `DBSCOPE_TEST_MARIADB_URL`.
+
+The package's server starts when the first test asks for it, in a temporary directory of its own and
+without a network; it asks nobody for a password. Its keeper process waits on a pipe that only the
+test run holds, so it goes when the test run ends, also when that was killed.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from tests.fix_postgres import give_to_nobody
+
+URL_VARIABLE = "DBSCOPE_TEST_MARIADB_URL"
+
+_PROGRAMS = ("mariadbd", "/usr/sbin/mariadbd", "/usr/local/sbin/mariadbd")
+
+_OPTIONS = (
+    "--no-defaults",
+    "--skip-networking",
+    # There are no tables of users, nor any others but the tests'.
+    "--skip-grant-tables",
+    # Nothing here survives the test run.
+    "--innodb-flush-log-at-trx-commit=0",
+    "--innodb-buffer-pool-size=16M",
+    "--innodb-log-file-size=8M",
+    "--skip-performance-schema",
+    "--character-set-server=utf8mb4",
+)
+
+# $1: the program, $2: the directory; its options follow.
+_KEEPER = r"""
+trap '' HUP PIPE
+program=$1 directory=$2
+shift 2
+mkdir "$directory/data"
+"$program" "$@" --datadir="$directory/data" --socket="$directory/socket" \
+    >"$directory/log" 2>&1 &
+cat >/dev/null || :
+kill -9 $! 2>/dev/null
+wait
+cd /
+rm -rf "$directory"
+"""
+
+SCHEMA = "CREATE TABLE item (id INTEGER PRIMARY KEY, note TEXT) ENGINE = InnoDB"
+"""The tests' `Item`; MariaDB has no deferred constraints, so there is no `Child`."""
+
+
+class MariaDBUnavailable(Exception):  # noqa: N818 - a condition of this machine, not an error
+    """There is no MariaDB to test with; the message says why."""
+
+
+@pytest.fixture(scope="session")
+def mariadb_server() -> Iterator[sa.URL]:
+    """Where a MariaDB listens, by the driver PyMySQL."""
+    named = os.environ.get(URL_VARIABLE)
+    if named:
+        yield sa.make_url(named).set(drivername="mysql+pymysql")
+        return
+    try:
+        program = next(filter(None, map(shutil.which, _PROGRAMS)), None)
+        if program is None:
+            raise MariaDBUnavailable(f"no MariaDB: install mariadb-server-core or {URL_VARIABLE}")
+        keeper, directory = _start(program)
+    except MariaDBUnavailable as error:
+        if os.environ.get("CI"):
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
+        raise pytest.skip.Exception(str(error).splitlines()[0]) from None
+    yield sa.make_url(f"mysql+pymysql://root@/?unix_socket={directory}/socket")
+    _stop(keeper)
+
+
+def _start(program: str) -> tuple[subprocess.Popen[str], Path]:
+    directory = Path(tempfile.mkdtemp(prefix="dbscope-mariadb-"))
+    identity: dict[str, Any] = give_to_nobody(directory) if os.geteuid() == 0 else {}
+    keeper = subprocess.Popen(
+        ["/bin/sh", "-c", _KEEPER, "sh", program, directory, *_OPTIONS],
+        stdin=subprocess.PIPE,
+        text=True,
+        cwd=directory,
+        # Ctrl-C is for the tests, which still need the server to clean up.
+        start_new_session=True,
+        **identity,
+    )
+    deadline = time.monotonic() + 60
+    while not _answers(directory / "socket"):
+        if keeper.poll() is not None or time.monotonic() > deadline:
+            log = directory / "log"
+            told = log.read_text(errors="replace")[-2000:] if log.exists() else "it left no log"
+            _stop(keeper)
+            raise MariaDBUnavailable(f"MariaDB did not start: {told}")
+        time.sleep(0.02)
+    return keeper, directory
+
+
+def _answers(path: Path) -> bool:
+    """Whether a server greets whoever connects."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(5)
+        try:
+            connection.connect(str(path))
+            return bool(connection.recv(1))
+        except OSError:
+            return False
+
+
+def _stop(keeper: subprocess.Popen[str]) -> None:
+    assert keeper.stdin is not None
+    keeper.stdin.close()
+    keeper.wait()
+
+
+@pytest.fixture(scope="session")
+def mariadb_schema(mariadb_server: sa.URL) -> Iterator[sa.Engine]:
+    """An engine of its own that looks at an empty database of this worker; the schema is there."""
+    name = f"dbscope_test_{uuid.uuid4().hex[:12]}"
+    options: dict[str, Any] = {"pool_size": 2, "isolation_level": "AUTOCOMMIT"}
+    administration = sa.create_engine(mariadb_server, **options)
+    with administration.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    observer = sa.create_engine(mariadb_server.set(database=name), **options)
+    with observer.connect() as connection:
+        connection.exec_driver_sql(SCHEMA)
+    yield observer
+    observer.dispose()
+    with administration.connect() as connection:
+        connection.exec_driver_sql(f"DROP DATABASE {name}")
+    administration.dispose()
