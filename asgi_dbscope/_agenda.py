@@ -43,8 +43,8 @@ class Hook:
 
     occasion: Occasion
     function: Callable[..., Any]
-    arguments: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = field(default_factory=dict)
+    arguments: tuple[Any, ...] = field(default=(), repr=False)  # values are not for a log
+    keywords: dict[str, Any] = field(default_factory=dict, repr=False)
     when: When = "before_response"
     on_error: OnError = "log"
 

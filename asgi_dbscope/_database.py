@@ -28,6 +28,7 @@ from asgi_dbscope._policy import Cause
 from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
 from asgi_dbscope._poolers import Pooler
 from asgi_dbscope._propagation import Propagation, PropagationName
+from asgi_dbscope._text import told
 from asgi_dbscope._transactional import TransactionalBlock
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
@@ -203,7 +204,7 @@ class Database(Generic[S]):
             raise ConfigurationError(msg)
 
     def __repr__(self) -> str:
-        return f"<Database {self.name!r} {self.session_factory.kw.get('bind')!r}>"
+        return f"<Database {self.name!r} {told(self.session_factory.kw.get('bind'))}>"
 
     def __copy__(self) -> Self:
         return self

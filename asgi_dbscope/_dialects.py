@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import text
 
+from asgi_dbscope._text import ascii_line, told
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
     if connection.dialect.name != "postgresql":
         return
     milliseconds = min(max(1, round(seconds * 1000)), 2**31 - 1)  # the setting's own limits
-    connection.exec_driver_sql(
-        f"SELECT set_config('statement_timeout', '{milliseconds}', true), "
-        f"set_config('idle_in_transaction_session_timeout', '{milliseconds}', true)"
+    connection.exec_driver_sql(  # :d is a number or an error
+        f"SELECT set_config('statement_timeout', '{milliseconds:d}', true), "
+        f"set_config('idle_in_transaction_session_timeout', '{milliseconds:d}', true)"
     )
 
 
@@ -149,9 +150,8 @@ def mysql_error(error: BaseException | None) -> int | None:
 
 def label_transaction(connection: Connection, label: str) -> None:
     """Name the open transaction in ``pg_stat_activity`` and in the server's log."""
-    connection.execute(
-        _APPLICATION_NAME, {"label": label.replace("\0", "")[:63]}
-    )  # as much as PostgreSQL keeps
+    # PostgreSQL keeps 63 bytes, and ASCII only.
+    connection.execute(_APPLICATION_NAME, {"label": ascii_line(label)[:63]})
 
 
 def undo_settings(
@@ -191,8 +191,8 @@ def check_transactional(engine: Engine) -> None:
     )
     if level == "AUTOCOMMIT":
         msg = (
-            f"{engine!r} was made with isolation_level='AUTOCOMMIT': there is no transaction that "
-            "could be rolled back. Say mode='autocommit', or make the engine without it."
+            f"{told(engine)} was made with isolation_level='AUTOCOMMIT': there is no transaction "
+            "that could be rolled back. Say mode='autocommit', or make the engine without it."
         )
         raise ConfigurationError(msg)
 

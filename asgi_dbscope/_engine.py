@@ -14,6 +14,7 @@ from sqlalchemy.engine.base import OptionEngine
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._lifecycle import Event, State
+from asgi_dbscope._text import ascii_line
 from asgi_dbscope.errors import TransactionAbortedError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def _comment(
     label = scopes[-1].block_label if scopes else None
     if label is None:
         return statement, parameters
-    text = label.replace("*", "").replace("\0", "")  # neither end of a comment is left in it
+    text = ascii_line(label)
     if connection.dialect.paramstyle in {"format", "pyformat"}:
         text = text.replace("%", "%%")
     return f"{statement} /* {text} */", parameters
@@ -157,7 +158,8 @@ def refuse_if_aborted(connection: Connection) -> None:
     scope = _scopes[connection][-1]
     msg = (
         f"{scope!r} can't commit: the database aborted this transaction at an "
-        f"earlier error ({type(error).__name__}: {error}), which the code caught and went on from. "
+        f"earlier error ({type(error).__name__}, this error's __cause__), which the code caught "
+        "and went on from. "
         "Nothing of the transaction is kept. Let the error propagate; or, where it is expected, "
         f"{_remedy(connection, scope)}call session.rollback() and begin again."
     )

@@ -16,24 +16,29 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from asgi_dbscope._poolers import Pooler, pgbouncer_options
 from asgi_dbscope._session import reporting_session_class
+from asgi_dbscope._text import told
 from asgi_dbscope.errors import ConfigurationError
 
 
 def make_engine(url: URL | str, pooler: Pooler | None = None) -> AsyncEngine | Engine:
     """An engine for *url*, by way of *pooler*: asynchronous if its driver can be.
 
+    Its errors don't show the parameters of a statement.
+
     Raises:
         ConfigurationError: If none can be made.
     """
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
+    except (ArgumentError, ValueError):
         msg = (
             "The database's URL can't be read; it looks like "
-            "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'."
+            "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'. "
+            "In a password '@', ':', '/' and '%' are written %40, %3A, %2F and %25."
         )
-        raise ConfigurationError(msg) from error
-    options = {} if pooler is None else pgbouncer_options(parsed)
+        raise ConfigurationError(msg) from None  # the cause may quote a part of the password
+    options: dict[str, Any] = {} if pooler is None else pgbouncer_options(parsed)
+    options["hide_parameters"] = True
     try:
         dialect = parsed.get_dialect()
         if dialect.get_async_dialect_cls(parsed).is_async:
@@ -63,7 +68,7 @@ def reporting_factory(source: object) -> async_sessionmaker[Any] | sessionmaker[
         return _derived(sessionmaker(source, expire_on_commit=False))
     msg = (
         "Database() takes an AsyncEngine or an Engine, a URL, an async_sessionmaker or a "
-        f"sessionmaker; got {source!r}."
+        f"sessionmaker; got {told(source)}."
     )
     raise ConfigurationError(msg)
 

@@ -19,8 +19,17 @@ from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._lifecycle import Fact
+from asgi_dbscope._messages import (
+    check_last_message,
+    ends_body,
+    ends_trailers,
+    promises_trailers,
+    read_head,
+    type_of,
+)
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._scope import SessionScope
+from asgi_dbscope.errors import MalformedMessageError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -104,6 +113,7 @@ class ResponseGate:
         "_asgi_scope",
         "_failure",
         "_has_trailers",
+        "_is_body_sent",
         "_lock",
         "_outer_exception",
         "_phase",
@@ -232,7 +242,7 @@ class ResponseGate:
     async def receive(self) -> Message:
         """The app's ``receive``: passes a message on; a client that left ends the body's work."""
         message = await self._raw_receive()
-        if self._phase is Phase.BODY and message["type"] == "http.disconnect":
+        if self._phase is Phase.BODY and type_of(message) == "http.disconnect":
             async with self._settling():
                 # Nobody reads the body any more: what it began is rolled back. Work after the
                 # body (background tasks) starts afresh. Unless its last message was on its way.
@@ -246,18 +256,22 @@ class ResponseGate:
         """The app's ``send``: passes a message on, after settling what it puts an end to."""
         if self.scopes and not self._is_settled():
             return self._settle_and_send(message, handled_exception())
+        # The two messages of most responses, in line.
         try:
             kind = message["type"]
-        except (TypeError, LookupError):
-            kind = None  # whatever it is, the server knows best how to object
-        # The two messages of most responses, in line.
-        if kind == "http.response.body":
-            if not message.get("more_body") and not self._has_trailers:
-                self._phase = _BACKGROUND
-        elif kind == "http.response.start" and "trailers" not in message:
-            self._phase = _BODY
-        else:
-            self._note(kind, message)
+            if kind == "http.response.body" and self._phase is _BODY and not self._has_trailers:
+                if not message.get("more_body"):
+                    self._phase = _BACKGROUND
+            elif (
+                kind == "http.response.start"
+                and self._phase is _RESPONSE
+                and "trailers" not in message
+            ):
+                self._phase = _BODY
+            else:
+                self._note(type_of(message), message)
+        except Exception:  # noqa: BLE001, S110 - whatever it is, the server knows best how to object
+            pass
         return self._raw_send(message)
 
     def _is_settled(self) -> bool:
@@ -273,13 +287,13 @@ class ResponseGate:
         async with self._settling():
             if self._failure is not None and not self._answers_failure(message):
                 raise self._failure
-            kind = _type_of(message)
+            kind = type_of(message)
             try:
                 if self._phase is Phase.RESPONSE and kind == "http.response.start":
                     self._check_answer(message, exception)
                     await self._settle_head(message, exception)
                 elif self._phase is Phase.BODY and self._is_last(kind, message):
-                    await self._settle_all(Cause.COMPLETED)
+                    await self._settle_body(kind, message)
             except Exception as error:
                 self._failure = error
                 if self._phase is Phase.RESPONSE and "litestar_app" in self._asgi_scope:
@@ -300,17 +314,16 @@ class ResponseGate:
         return self._lock
 
     async def _settle_head(self, message: Message, exception: BaseException | None) -> None:
-        head = self._read_head(message, exception)
         try:
             for scope in self.scopes:
                 if scope.boundaries and _find_base_http_middleware() is None:
                     scope.check_blocks()
+            unsettled = [scope for scope in self.scopes if not scope.is_settled()]
+            if not unsettled:
+                return
+            head = self._read_head(message, exception)
             # Every decision before the first COMMIT, and rollbacks before commits.
-            endings = [
-                (scope, scope.decide(Cause.HEAD, head))
-                for scope in self.scopes
-                if not scope.is_settled()
-            ]
+            endings = [(scope, scope.decide(Cause.HEAD, head)) for scope in unsettled]
             if len(endings) > 1:
                 endings.sort(key=lambda each: each[1] is Ending.COMMIT)
             for scope, ending in endings:
@@ -320,6 +333,14 @@ class ResponseGate:
         except BaseException:
             await self._settle_all(Cause.RAISED)
             raise
+
+    async def _settle_body(self, kind: str | None, message: Message) -> None:
+        try:
+            check_last_message(kind, message, self._asgi_scope)
+        except MalformedMessageError:
+            await self._settle_all(Cause.RAISED)
+            raise
+        await self._settle_all(Cause.COMPLETED)
 
     async def _settle_all(self, cause: Cause) -> None:
         for scope in self.scopes:
@@ -362,28 +383,26 @@ class ResponseGate:
 
     # ---------------------------------------------------------------- reading messages
 
-    def _note(self, kind: object, message: Message) -> None:
+    def _note(self, kind: str | None, message: Message) -> None:
         """Follow the response's phases."""
         if self._phase is Phase.RESPONSE:
             if kind == "http.response.start":
                 self._phase = Phase.BODY
-                self._has_trailers = message.get("trailers", False)
-        elif self._phase is Phase.BODY and self._is_last(kind, message):
-            self._phase = Phase.BACKGROUND
+                self._has_trailers = promises_trailers(message, self._asgi_scope)
+                self._is_body_sent = False
+        elif self._phase is Phase.BODY:
+            if self._is_last(kind, message):
+                self._phase = Phase.BACKGROUND
+            elif ends_body(kind, message):
+                self._is_body_sent = True
 
-    def _is_last(self, kind: object, message: Message) -> bool:
-        if kind == "http.response.trailers":
-            return not message.get("more_trailers", False)
+    def _is_last(self, kind: str | None, message: Message) -> bool:
         if self._has_trailers:
-            return False
-        if kind in _BODY_MESSAGES:
-            return not message.get("more_body", False)
-        return kind == "http.response.pathsend"
+            return self._is_body_sent and ends_trailers(kind, message)
+        return ends_body(kind, message)
 
-    def _read_head(self, message: Message, exception: BaseException | None) -> ResponseHead | None:
-        status = message.get("status")
-        if not isinstance(status, int):
-            return None  # the server will object to it
+    def _read_head(self, message: Message, exception: BaseException | None) -> ResponseHead:
+        status, headers = read_head(message, self._asgi_scope)
         if exception is self._outer_exception:
             exception = None
         is_raised = exception is not None
@@ -392,10 +411,7 @@ class ResponseGate:
             if hider is not None:
                 is_raised = True
                 self.served.warn_of_hider(hider)
-        headers: Iterable[tuple[bytes, bytes]] = message.get("headers", ())
-        if iter(headers) is headers:  # a policy's look must not use it up
-            headers = message["headers"] = list(headers)
-        return ResponseHead(status, tuple(headers), exception, is_raised)
+        return ResponseHead(status, headers, exception, is_raised)
 
     # ---------------------------------------------------------------- failures before the head
 
@@ -412,7 +428,7 @@ class ResponseGate:
         """Whether the app renders the failure by itself: a new head, with an error status."""
         if self._phase is not Phase.RESPONSE:
             return False
-        if _type_of(message) == "http.response.start":
+        if type_of(message) == "http.response.start":
             status = message.get("status")
             if isinstance(status, int) and status >= 400:  # noqa: PLR2004 - an error's
                 if hides_answer(message, self._failure):
@@ -437,14 +453,6 @@ class ResponseGate:
             if responder is not None or has_last_word(self._asgi_scope):
                 return responder
         return find_answer(failure)
-
-
-_BODY_MESSAGES = frozenset({"http.response.body", "http.response.zerocopysend"})
-
-
-def _type_of(message: Message) -> object:
-    # Whatever the app sends goes on to the server, which knows best how to object.
-    return message.get("type") if isinstance(message, dict) else None
 
 
 def _find_base_http_middleware() -> type | None:

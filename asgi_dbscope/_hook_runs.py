@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from asgi_dbscope._completion import run_to_completion
+from asgi_dbscope._text import name_of
 
 if TYPE_CHECKING:
     from asgi_dbscope._agenda import Hook
@@ -99,7 +100,11 @@ async def _call_hooks(
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # out of grace
-                logger.error("%s: the hook %r and those after it were given up", scope.label, hook)  # noqa: TRY400 - nothing to see in the cancellation
+                logger.error(  # noqa: TRY400 - nothing to see in the cancellation
+                    "%s: the hook %s and those after it were given up",
+                    scope.label,
+                    name_of(hook.function),
+                )
                 raise
             _tell(scope, hook, error)  # something that it waited for was cancelled, not we
         except Exception as error:  # noqa: BLE001 - logged or raised, as its hook says
@@ -136,5 +141,8 @@ def _judge(
 
 def _tell(scope: SessionScope[Any], hook: Hook, error: BaseException) -> None:
     logger.error(
-        "%s: the hook %r failed; the others run", scope.label, hook.function, exc_info=error
+        "%s: the hook %s failed; the others run",
+        scope.label,
+        name_of(hook.function),
+        exc_info=error,
     )

@@ -15,6 +15,7 @@ from asgi_dbscope._database import Database
 from asgi_dbscope._gate import ResponseGate, Served
 from asgi_dbscope._policy import commit_unless_error
 from asgi_dbscope._scope import SessionScope
+from asgi_dbscope._text import told
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class DBSessionMiddleware:
         exclude: Exclude | None = None,
     ) -> None:
         if not callable(app):
-            msg = f"The first argument is the ASGI app; {app!r} is not callable."
+            msg = f"The first argument is the ASGI app; {told(app)} is not callable."
             raise ConfigurationError(msg)
         if commit_error_response is not None and not callable(commit_error_response):
             msg = f"commit_error_response must be callable; got {commit_error_response!r}."
@@ -224,12 +225,12 @@ def _check_databases(
     if engine is not None:
         return (_database_of(engine),)
     if database is None and not isinstance(databases, (list, tuple)):
-        msg = f"databases= takes a list or tuple of Database objects; got {databases!r}."
+        msg = f"databases= takes a list or tuple of Database objects; got {told(databases)}."
         raise ConfigurationError(msg)
     found = tuple(databases) if database is None else (database,)
     for each in found:
         if not isinstance(each, Database):
-            msg = f"{named[0]}= takes asgi_dbscope.Database objects; got {each!r}."
+            msg = f"{named[0]}= takes asgi_dbscope.Database objects; got {told(each)}."
             raise ConfigurationError(msg)
     if not found:
         msg = "databases= is empty; name at least one Database."
@@ -272,8 +273,8 @@ def _check_exclude(exclude: Exclude | None) -> Callable[[Scope], bool] | None:
     prefixes = tuple(pattern[:-1] for pattern in patterns if pattern.endswith("*"))
 
     def is_excluded(scope: Scope) -> bool:
-        path: str = scope.get("path", "")
-        return path in paths or path.startswith(prefixes)
+        path = scope.get("path")
+        return isinstance(path, str) and (path in paths or path.startswith(prefixes))
 
     return is_excluded
 

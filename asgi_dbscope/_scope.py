@@ -27,6 +27,7 @@ from asgi_dbscope._lifecycle import (
 from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
 from asgi_dbscope._policy import Cause, Ending, decide_ending
 from asgi_dbscope._task_use import TaskUse
+from asgi_dbscope._text import label_of
 from asgi_dbscope._thread_use import ThreadUse
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
@@ -207,8 +208,7 @@ class SessionScope(Lifecycle, Generic[S]):
         asgi_scope = self._asgi_scope
         if asgi_scope is None:
             return self._name or "session_scope()"
-        method = asgi_scope.get("method", "WEBSOCKET")
-        return f"{method} {asgi_scope.get('path', '?')}"
+        return label_of(asgi_scope)
 
     @property
     def block_label(self) -> str | None:
@@ -424,10 +424,10 @@ class SessionScope(Lifecycle, Generic[S]):
     def refuse_after(self, failure: BaseException) -> NoReturn:
         """Say why nothing can be committed: *failure* was swallowed."""
         msg = (
-            f"{self!r} can't commit: a transactional block inside it failed "
-            f"({type(failure).__name__}: {failure}), and the code caught the error and went on. "
-            "Nothing is kept. Let the error propagate; or, where it is expected, give that block a "
-            "savepoint with propagation='NESTED', or name the error in its no_rollback_for."
+            f"{self!r} can't commit: a transactional block inside it failed with "
+            f"{type(failure).__name__} (this error's __cause__), and the code caught that and went "
+            "on. Nothing is kept. Let the error propagate; or, where it is expected, give that "
+            "block a savepoint with propagation='NESTED', or name the error in its no_rollback_for."
         )
         raise RollbackOnlyError(msg) from failure
 

@@ -43,6 +43,7 @@ from asgi_dbscope._propagation import (
     Situation,
     check_propagation,
 )
+from asgi_dbscope._text import one_line
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     ConfigurationError,
@@ -267,7 +268,7 @@ class TransactionalBlock(Generic[S]):
             raise ConfigurationError(msg)
         self._database = database
         self._name = name
-        self.label = label or self._default_label
+        self.label = one_line(label) if label else self._default_label
         self.live: set[_Entered] = set()
 
     def __repr__(self) -> str:

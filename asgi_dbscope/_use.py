@@ -220,10 +220,11 @@ class SessionUse(ABC):
 
     def overwritten_message(self, objects: list[object]) -> str:
         """What to tell a user whose tasks change and flush the same session at the same time."""
+        kinds = sorted({type(each).__name__ for each in objects})
         return (
-            f"{self.scope!r}: {objects!r} changed in one task while another flushed the session; "
-            "the change would have been lost, so the flush was rolled back. Let one task write, or "
-            "give each a session of its own: `async with db.branch() as session:`."
+            f"{self.scope!r}: {', '.join(kinds)} changed in one task while another flushed the "
+            "session; the change would have been lost, so the flush was rolled back. Let one task "
+            "write, or give each a session of its own: `async with db.branch() as session:`."
         )
 
     def has_changes(self, session: Session) -> bool:

@@ -95,6 +95,14 @@ class EventLoopMismatchError(DBScopeError):
     """A session was used from another thread or event loop than the one its scope runs in."""
 
 
+class MalformedMessageError(DBScopeError, TypeError):
+    """The app sent a message that decides over a transaction and can't be understood.
+
+    A response head whose status is no HTTP status, say. The transaction was rolled back, and the
+    message not sent: a server that takes it all the same would tell the client of a success.
+    """
+
+
 class CommitPolicyError(DBScopeError, TypeError):
     """A commit policy answered with something other than ``True`` or ``False``."""
 

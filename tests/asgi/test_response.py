@@ -309,22 +309,6 @@ async def test_app_that_raises_after_the_head_keeps_what_the_head_claimed(db, dr
     assert [1] == await rows()
 
 
-@pytest.mark.parametrize("status", [None, "200", 200.0])
-async def test_head_without_a_status_rolls_back(db, drive, rows, status):
-    """G1: a head that no server understands commits nothing, and goes out for it to object to."""
-
-    async def app(scope, receive, send):
-        db.session.add(Item(id=1))
-        await db.session.flush()
-        await send({"type": "http.response.start", "status": status, "headers": []})
-        await send(body())
-
-    exchange = await drive(DBSessionMiddleware(app, database=db))
-
-    assert status is exchange.messages[0]["status"]
-    assert [] == await rows()
-
-
 async def test_connection_is_back_while_a_slow_client_reads_the_head(db, drive, engine):
     """G6: no connection is held while the server waits to write the first byte."""
     held = []

@@ -377,7 +377,8 @@ async def test_trailers_are_the_end_where_the_head_announced_them(db, drive, tim
         await send(trailers(more=True))
         await send(trailers(more=False))
 
-    await drive(DBSessionMiddleware(app, database=db))
+    scope = http_scope(extensions={"http.response.trailers": {}})
+    await drive(DBSessionMiddleware(app, database=db), scope)
 
     expected = ["start 200", "checkout", "begin", "last body", "trailers"]
     assert [*expected, "commit", "checkin", "trailers"] == timeline
