@@ -13,6 +13,7 @@ from asgi_dbscope._propagation import Propagation
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import (
     AmbiguousDatabaseError,
+    CommitInDoubtError,
     CommitPolicyError,
     ConcurrentSessionUseError,
     ConfigurationError,
@@ -39,6 +40,7 @@ from asgi_dbscope.errors import (
 
 __all__ = [
     "AmbiguousDatabaseError",
+    "CommitInDoubtError",
     "CommitPolicy",
     "CommitPolicyError",
     "ConcurrentSessionUseError",

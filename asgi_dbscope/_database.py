@@ -29,6 +29,7 @@ from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
 from asgi_dbscope._poolers import Pooler
 from asgi_dbscope._propagation import Propagation, PropagationName
 from asgi_dbscope._text import told
+from asgi_dbscope._transaction_status import check_can_resolve
 from asgi_dbscope._transactional import TransactionalBlock
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
@@ -89,6 +90,10 @@ class Database(Generic[S]):
         pooler: ``"pgbouncer"`` where *source* is the URL of a PgBouncer in transaction mode; an
             engine of your own is made with :func:`.pgbouncer_options`.
 
+        resolve_in_doubt: Whether a COMMIT whose connection was lost is asked for on another one,
+            *cleanup_timeout* seconds at most. PostgreSQL only; costs each transaction that has
+            written one round trip.
+
     Raises:
         ConfigurationError: If an argument is wrong.
     """
@@ -104,6 +109,7 @@ class Database(Generic[S]):
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
         pooler: Pooler | None = ...,
+        resolve_in_doubt: bool = ...,
     ) -> None: ...
 
     @overload
@@ -116,6 +122,7 @@ class Database(Generic[S]):
         concurrency: Concurrency = ...,
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
+        resolve_in_doubt: bool = ...,
     ) -> None: ...
 
     @overload
@@ -128,6 +135,7 @@ class Database(Generic[S]):
         concurrency: Concurrency = ...,
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
+        resolve_in_doubt: bool = ...,
     ) -> None: ...
 
     @overload
@@ -140,6 +148,7 @@ class Database(Generic[S]):
         concurrency: Concurrency = ...,
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
+        resolve_in_doubt: bool = ...,
     ) -> None: ...
 
     def __init__(
@@ -152,19 +161,17 @@ class Database(Generic[S]):
         label_transactions: LabelTransactions | None = None,
         cleanup_timeout: float = 10.0,
         pooler: Pooler | None = None,
+        resolve_in_doubt: bool = False,
     ) -> None:
-        if not isinstance(name, str) or not name:
-            msg = f"name must be a string that is not empty; got {name!r}."
-            raise ConfigurationError(msg)
-        if not isinstance(cleanup_timeout, (int, float)) or not cleanup_timeout > 0:
-            msg = f"cleanup_timeout must be a number of seconds above 0; got {cleanup_timeout!r}."
-            raise ConfigurationError(msg)
+        _check_name(name)
+        _check_seconds("cleanup_timeout", cleanup_timeout)
         check_choice("concurrency", concurrency, get_args(Concurrency))
         self.name = name
         self.options = ScopeOptions(mode=mode)
         self.concurrency = concurrency
         self.label_transactions = label_transactions
         self.cleanup_timeout = float(cleanup_timeout)
+        self.resolve_in_doubt = resolve_in_doubt
         self.owned_engine: AsyncEngine | Engine | None = None
         _check_pooler(pooler, source)
         if isinstance(source, (str, URL)):
@@ -183,8 +190,12 @@ class Database(Generic[S]):
         self._limiters: WeakKeyDictionary[
             asyncio.AbstractEventLoop, dict[ThreadWork, anyio.CapacityLimiter]
         ] = WeakKeyDictionary()
-        self._check_label_transactions(bind)
+        self._check_options(bind)
         _current.known.add(self)
+
+    def _check_options(self, bind: object) -> None:
+        self._check_label_transactions(bind)
+        self._check_resolve_in_doubt(bind)
 
     def _check_label_transactions(self, bind: object) -> None:
         if self.label_transactions is None:
@@ -202,6 +213,18 @@ class Database(Generic[S]):
                 "use 'comment'."
             )
             raise ConfigurationError(msg)
+
+    def _check_resolve_in_doubt(self, bind: object) -> None:
+        if not isinstance(self.resolve_in_doubt, bool):
+            msg = f"resolve_in_doubt must be True or False; got {self.resolve_in_doubt!r}."
+            raise ConfigurationError(msg)
+        if not self.resolve_in_doubt:
+            return
+        engine = getattr(bind, "sync_engine", bind)
+        if not isinstance(engine, Engine):
+            msg = "resolve_in_doubt needs a session factory that is bound to an engine."
+            raise ConfigurationError(msg)
+        check_can_resolve(engine)
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {told(self.session_factory.kw.get('bind'))}>"
@@ -490,6 +513,18 @@ class Database(Generic[S]):
             await anyio.to_thread.run_sync(self.owned_engine.dispose)
         elif self.owned_engine is not None:
             await self.owned_engine.dispose()
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str) or not name:
+        msg = f"name must be a string that is not empty; got {name!r}."
+        raise ConfigurationError(msg)
+
+
+def _check_seconds(option: str, seconds: object) -> None:
+    if not isinstance(seconds, (int, float)) or not seconds > 0:
+        msg = f"{option} must be a number of seconds above 0; got {seconds!r}."
+        raise ConfigurationError(msg)
 
 
 def _check_pooler(pooler: object, source: object) -> None:

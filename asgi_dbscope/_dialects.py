@@ -6,12 +6,14 @@ import sqlite3
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
 from asgi_dbscope._text import ascii_line, told
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
 
@@ -278,3 +280,71 @@ def outlives_cancellation(connection: Connection, error: BaseException) -> bool:
     collector finds the query's cursor (in the traceback of its cancellation).
     """
     return connection.dialect.driver == "aiosqlite" and not isinstance(error, Exception)
+
+
+# --------------------------------------------------------------------------------------
+# COMMIT without an answer
+# --------------------------------------------------------------------------------------
+
+
+UNCERTAIN = ("08", "57P", "40003")
+"""SQLSTATEs, by their beginnings, that say nothing of the transaction.
+
+The connection failed (08), the server was shutting down (57P01 and its like), or says itself that
+it doesn't know (40003, CockroachDB).
+"""
+
+MYSQL_UNCERTAIN = frozenset({1053, 1152, 1158, 1159, 1160, 1161, 1184, 1927, 3169})
+"""MariaDB's and MySQL's errors for a connection that was killed or broke, as the server sees it."""
+
+MYSQL_CLIENT = range(2000, 3000)
+"""Errors that their client library makes by itself."""
+
+
+def is_unanswered(context: ExceptionContext) -> bool:
+    """Whether the error of a COMMIT leaves open what became of it.
+
+    It does unless the database itself said that COMMIT failed, or nothing was sent. A driver's
+    timeout, an operating system's error, a server that is shutting down: none of them is an answer.
+    """
+    error = context.original_exception
+    if context.statement is not None or not isinstance(error, Exception):
+        return context.is_disconnect  # of a listener to the COMMIT; or a cancellation
+    dbapi: Any = context.dialect.loaded_dbapi
+    if not isinstance(error, dbapi.Error):
+        return not isinstance(error, SQLAlchemyError)
+    if context.dialect.name in POSTGRESQL:
+        if _is_refusal(error):
+            return False
+        # Made by the driver itself: these say that it was used wrongly, and so sent nothing.
+        is_misuse = isinstance(error, (dbapi.InterfaceError, dbapi.ProgrammingError))
+        return context.is_disconnect or not is_misuse
+    return context.is_disconnect or (
+        context.dialect.name in {"mysql", "mariadb"} and _is_mysql_uncertain(error)
+    )
+
+
+def _is_mysql_uncertain(error: BaseException) -> bool:
+    code = error.args[0] if error.args else None
+    return isinstance(code, int) and (code in MYSQL_UNCERTAIN or code in MYSQL_CLIENT)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether a PostgreSQL server said of a statement that it failed, and went on living.
+
+    FATAL and PANIC end the session, and may come after the COMMIT was done: between that and its
+    answer a server can be told to shut down.
+    """
+    for each in (error, error.__cause__):  # SQLAlchemy's adaption of asyncpg's
+        diagnosis = getattr(each, "diag", each)
+        severity = getattr(diagnosis, "severity_nonlocalized", None) or getattr(
+            diagnosis, "severity_en", None
+        )
+        severity = severity or getattr(diagnosis, "severity", None)
+        if severity is not None:
+            return severity == "ERROR" and not _sqlstate(each).startswith(UNCERTAIN)
+    return False
+
+
+def _sqlstate(error: object) -> str:
+    return getattr(error, "sqlstate", None) or ""

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm.session import SessionTransactionState
 
-from asgi_dbscope._lifecycle import Event, Outcome, State
+from asgi_dbscope._doubt import lose_answer
+from asgi_dbscope._lifecycle import Outcome, State
 from asgi_dbscope._policy import Ending
-from asgi_dbscope.errors import ConcurrentSessionUseError
+from asgi_dbscope.errors import CommitInDoubtError, ConcurrentSessionUseError
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, SessionTransaction
@@ -36,6 +37,7 @@ def end_transaction(
 
     Raises:
         Exception: What the database said to COMMIT. The transaction is rolled back by then.
+        CommitInDoubtError: If it said nothing.
         ConcurrentSessionUseError: If somebody went on using the session, so that COMMIT could not
             be sent.
     """
@@ -67,14 +69,15 @@ def _commit(scope: SessionScope[Any], session: Session, use: SessionUse) -> None
         use.commit(session)
     except BaseException as error:
         if scope.state is State.COMMITTING and not isinstance(error, Exception):
-            scope.advance(Event.ANSWER_LOST)  # cancelled, and the driver said nothing of it
+            lose_answer(scope)  # cancelled, and the driver said nothing of it
         _roll_back(scope, session, use)
-        became = (
-            "may or may not have been committed: the connection was lost during COMMIT"
-            if scope.outcome is Outcome.IN_DOUBT
-            else "was rolled back"
-        )
-        error.add_note(f"asgi_dbscope: the transaction of {scope.label} {became}.")
+        if not isinstance(error, CommitInDoubtError):  # which says it by itself
+            became = (
+                "may or may not have been committed: it was given up during COMMIT"
+                if scope.outcome is Outcome.IN_DOUBT
+                else "was rolled back"
+            )
+            error.add_note(f"asgi_dbscope: the transaction of {scope.label} {became}.")
         raise
 
 

@@ -13,7 +13,8 @@ from sqlalchemy import event
 from sqlalchemy.engine.base import OptionEngine
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._lifecycle import Event, State
+from asgi_dbscope._doubt import miss_answer
+from asgi_dbscope._lifecycle import State
 from asgi_dbscope._text import ascii_line
 from asgi_dbscope.errors import TransactionAbortedError
 
@@ -130,6 +131,11 @@ def guard_commit(connection: Connection) -> None:
         event.listen(connection, "commit", _before_commit)
 
 
+def was_handed_out(connection: Connection) -> bool:
+    """Whether the user asked for *connection*, and may have written past its session."""
+    return connection in _handed_out
+
+
 def _before_commit(connection: Connection) -> None:
     scopes = _scopes.get(connection)
     if scopes:
@@ -182,8 +188,11 @@ def _on_error(context: ExceptionContext) -> None:
         return
     scope = scopes[-1]
     error = context.original_exception
-    if scope.state is State.COMMITTING and context.is_disconnect:
-        scope.advance(Event.ANSWER_LOST)
+    if scope.state is State.COMMITTING and _dialects.is_unanswered(context):
+        if not context.is_disconnect:  # the driver doesn't know that its connection is of no use
+            context.is_disconnect = True
+            context.invalidate_pool_on_disconnect = False
+        miss_answer(scope)
     elif context.is_disconnect:
         _errors[connection] = error
         if _dialects.outlives_cancellation(connection, error):

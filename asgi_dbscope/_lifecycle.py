@@ -32,7 +32,7 @@ class State(Fact):
     """A transaction is open."""
 
     COMMITTING = "COMMITTING"
-    """COMMIT is on its way; the answer is not known."""
+    """COMMIT is on its way, or the server is asked what became of it; the answer is not known."""
 
     IN_DOUBT = "IN_DOUBT"
     """The connection was lost during COMMIT; nothing is left to do in that transaction."""
@@ -60,10 +60,10 @@ class Event(Fact):
     """COMMIT is being sent."""
 
     COMMITTED = "COMMITTED"
-    """The database confirmed COMMIT."""
+    """The database confirmed COMMIT, on its own connection or asked on another."""
 
     ANSWER_LOST = "ANSWER_LOST"
-    """The connection broke between COMMIT and its answer."""
+    """The connection broke between COMMIT and its answer, and nobody can say what became."""
 
     ROLLED_BACK = "ROLLED_BACK"
     """The transaction is gone: by ROLLBACK, or with its connection."""

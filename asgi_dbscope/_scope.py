@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._current import is_of_another_task
+from asgi_dbscope._doubt import lose_answer
 from asgi_dbscope._driver import end_transaction
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
 from asgi_dbscope._lifecycle import (
@@ -109,9 +110,18 @@ class SessionScope(Lifecycle, Generic[S]):
     deadline: float | None = None
     demands: frozenset[str] = frozenset()
     holder: SessionScope[Any] | None = None
+    is_answer_missing = False
+    """Whether a COMMIT got no answer, and the server is being asked what became of it."""
     shaped_by: str | None = None
     is_websocket = False
     """Whether it is a websocket's, which has sessions only by blocks of their own."""
+    transaction_id: int | None = None
+    """PostgreSQL's number of the transaction that is being committed, if it was asked for."""
+    was_commit_lost = False
+    """Whether its last COMMIT got no answer, and the server said that nothing of it was kept.
+
+    The connection's error is a failed COMMIT's then; as nothing was done, it may be done again.
+    """
 
     __slots__ = (
         "__dict__",
@@ -611,8 +621,10 @@ class SessionScope(Lifecycle, Generic[S]):
         if self.state in OPEN:
             # Abandoned: whoever still has the connection throws it away; the server rolls back,
             # unless it has had the COMMIT already.
-            is_sent = self.state is State.COMMITTING
-            self.advance(Event.ANSWER_LOST if is_sent else Event.ROLLED_BACK)
+            if self.state is State.COMMITTING:
+                lose_answer(self)
+            else:
+                self.advance(Event.ROLLED_BACK)
         self.advance(Event.CLOSED)
         if session is not None and use is not None and not use.is_abandoned:
             session.close()

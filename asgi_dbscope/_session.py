@@ -17,8 +17,10 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch
+from asgi_dbscope._doubt import settle_doubt
+from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
 from asgi_dbscope._lifecycle import OPEN, Event, Outcome
+from asgi_dbscope._transaction_status import find_transaction_id
 from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError
 
 if TYPE_CHECKING:
@@ -100,6 +102,7 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
         transaction = begin(self, nested=nested)
         if use is not None and not nested:
             use.is_begun_by_hand = True
+            transaction.__class__ = _TransactionByHand
         return transaction
 
     return beginning
@@ -145,19 +148,38 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _committing(commit: Callable[..., Any]) -> Callable[..., Any]:
-    reporting = _reporting(commit, explains=False)
-
     @wraps(commit)
     def committing(self: Any) -> None:
         use: SessionUse | None = self.use
-        if use is not None:
-            use.scope.check_can_commit()
-        reporting(self)
-        if use is not None and use.ender is None and use.scope.agenda is not None:
+        if use is None:
+            commit(self)
+            return
+        use.scope.check_can_commit()
+        user = use.enter()
+        try:
+            commit(self)
+        except BaseException as error:
+            if not settle_doubt(self, use, error):
+                raise
+        finally:
+            use.leave(user, self)
+        if use.ender is None and use.scope.agenda is not None:
             use.scope.note_end(Outcome.COMMITTED)
             use.run_hooks()
 
     return committing
+
+
+class _TransactionByHand(SessionTransaction):
+    """That of a ``begin()`` of the user's own, which ends without the session's ``commit()``."""
+
+    def commit(self, _to_root: bool = False) -> None:
+        try:
+            super().commit(_to_root)
+        except BaseException as error:
+            session: Any = self.session
+            if session.use is None or not settle_doubt(session, session.use, error):
+                raise
 
 
 def _rolling_back(rollback: Callable[..., Any]) -> Callable[..., Any]:
@@ -374,7 +396,20 @@ def _before_commit(session: Any) -> None:
         return
     for connection in use.connections:
         refuse_if_aborted(connection)
+    if use.scope.database.resolve_in_doubt:
+        _note_transaction(use)
     use.scope.note_commit()
+
+
+def _note_transaction(use: SessionUse) -> None:
+    """Ask for the transaction's number, in case that its COMMIT gets no answer.
+
+    A round trip, so only where something was written; and only where one transaction is one COMMIT.
+    """
+    connection, *others = use.connections
+    has_written = use.has_written or was_handed_out(connection)
+    is_worth_it = has_written and not others and not _dialects.is_autocommit(connection)
+    use.scope.transaction_id = find_transaction_id(connection) if is_worth_it else None
 
 
 def _after_commit(session: Any) -> None:

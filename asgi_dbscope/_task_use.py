@@ -6,7 +6,7 @@ import asyncio
 import logging
 from contextvars import ContextVar
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from asgi_dbscope._scope import SessionScope
+
+T = TypeVar("T")
 
 logger = logging.getLogger("asgi_dbscope")
 
@@ -197,13 +199,20 @@ class TaskUse(SessionUse):
     def invalidate(self, session: Session) -> None:  # noqa: ARG002 - its own verb
         await_only(self.scope.session.invalidate())
 
+    def in_time(self, function: Callable[[], T], timeout: float) -> T:
+        answer: T = await_only(_in_time(greenlet_spawn(function), timeout))
+        return answer
+
+    def pause(self, seconds: float) -> None:
+        await_only(asyncio.sleep(seconds))
+
     def run_hooks(self) -> None:
         redeliver(await_only(run_hooks(self.scope)))
 
 
-async def _in_time(operation: Coroutine[Any, Any, None], timeout: float) -> None:  # noqa: ASYNC109 - that is its point
+async def _in_time(operation: Coroutine[Any, Any, T], timeout: float) -> T:  # noqa: ASYNC109 - that is its point
     async with asyncio.timeout(timeout):
-        await operation
+        return await operation
 
 
 def _has_task() -> bool:

@@ -6,13 +6,15 @@ import asyncio
 import logging
 import threading
 from contextlib import suppress
-from time import monotonic
-from typing import TYPE_CHECKING, Any
+from queue import Empty, Queue
+from time import monotonic, sleep
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
+from asgi_dbscope._doubt import lose_answer
 from asgi_dbscope._hook_runs import run_hooks_here
-from asgi_dbscope._lifecycle import OPEN, Event, State
+from asgi_dbscope._lifecycle import OPEN, State
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import SessionUse
 from asgi_dbscope.errors import (
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._pool import ThreadWork
     from asgi_dbscope._scope import SessionScope
+
+T = TypeVar("T")
 
 logger = logging.getLogger("asgi_dbscope")
 
@@ -67,7 +71,7 @@ class ThreadUse(SessionUse):
             self.is_abandoned = self.is_closed = has_begun.is_set()
             if self.is_abandoned and self.scope.state is State.COMMITTING:
                 with suppress(IllegalTransitionError):  # the answer has come in this very moment
-                    self.scope.advance(Event.ANSWER_LOST)
+                    lose_answer(self.scope)
             raise
 
     def _is_on_loop(self) -> bool:
@@ -151,6 +155,27 @@ class ThreadUse(SessionUse):
 
     def roll_back(self, session: Session, timeout: float) -> None:  # noqa: ARG002 - a thread can't be interrupted
         session.rollback()
+
+    def in_time(self, function: Callable[[], T], timeout: float) -> T:
+        answer: Queue[T | BaseException] = Queue()
+
+        def call() -> None:
+            try:
+                answer.put(function())
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                answer.put(error)
+
+        threading.Thread(target=call, name="asgi_dbscope", daemon=True).start()
+        try:
+            found = answer.get(timeout=max(timeout, 0))
+        except Empty:  # the thread can't be interrupted; it clears up by itself
+            raise TimeoutError from None
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def pause(self, seconds: float) -> None:
+        sleep(seconds)
 
     def run_hooks(self) -> None:
         run_hooks_here(self.scope)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_dbscope._current import get_innermost
 from asgi_dbscope._lifecycle import State
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from asgi_dbscope._scope import SessionScope
+
+T = TypeVar("T")
 
 logger = logging.getLogger("asgi_dbscope")
 
@@ -161,6 +163,18 @@ class SessionUse(ABC):
     def invalidate(self, session: Session) -> None:
         """Throw its connections away."""
         session.invalidate()
+
+    @abstractmethod
+    def in_time(self, function: Callable[[], T], timeout: float) -> T:
+        """What *function* returns, which does I/O of its own, within *timeout* seconds.
+
+        Raises:
+            TimeoutError: If it takes longer.
+        """
+
+    @abstractmethod
+    def pause(self, seconds: float) -> None:
+        """Wait."""
 
     @abstractmethod
     def run_hooks(self) -> None:

@@ -1,7 +1,9 @@
 """Every error that asgi_dbscope raises, one class per condition.
 
-SQLAlchemy's and the driver's own errors are never wrapped: they surface as they are, with a note
-(:pep:`678`) that says what became of the transaction.
+SQLAlchemy's and the driver's own errors surface as they are, with a note (:pep:`678`) that says
+what became of the transaction. Only the loss of the connection during COMMIT is wrapped, in a
+:class:`CommitInDoubtError`: what handles lost connections elsewhere, by trying again, must not
+handle it.
 """
 
 from __future__ import annotations
@@ -85,6 +87,22 @@ class TransactionAbortedError(DBScopeError):
     After an SQL error PostgreSQL answers COMMIT with ROLLBACK and raises nothing. The error that
     aborted the transaction is this one's ``__cause__``.
     """
+
+
+class CommitInDoubtError(DBScopeError):
+    """The connection was lost during COMMIT: the transaction may or may not be committed.
+
+    The database's error is this one's ``__cause__``. Nothing is tried again by this package; what
+    the user's code tries again may be done twice.
+
+    Attributes:
+        transaction_id: PostgreSQL's number of the transaction, to ask ``pg_xact_status`` of; only
+            with ``Database(resolve_in_doubt=True)``, else ``None``.
+    """
+
+    def __init__(self, message: str, *, transaction_id: int | None = None) -> None:
+        super().__init__(message)
+        self.transaction_id = transaction_id
 
 
 class ConcurrentSessionUseError(DBScopeError):

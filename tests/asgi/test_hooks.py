@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from asgi_dbscope import (
     AmbiguousDatabaseError,
+    CommitInDoubtError,
     ConfigurationError,
     Database,
     DBSessionMiddleware,
@@ -373,7 +374,7 @@ async def test_in_doubt_only_completion_hooks_run(db, engine, calls):
         await connection.execute(sa.text(function))
         await connection.execute(sa.text(trigger))
     try:
-        with pytest.raises(sa.exc.DBAPIError):
+        with pytest.raises(CommitInDoubtError):
             async with db.session_scope() as session:
                 await write(session, 1)
                 calls.on_each(db)

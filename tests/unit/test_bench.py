@@ -16,12 +16,14 @@ QUARTILES = 3
 def bench(tmp_path):
     """Run a benchmark on an SQLite file; return what it wrote."""
 
-    def bench(*options: str, script: str = "overhead.py") -> tuple[dict[str, Any], str]:
+    def bench(
+        *options: str, script: str = "overhead.py", database: str | None = None
+    ) -> tuple[dict[str, Any], str]:
         report = tmp_path / "report.json"
         done = subprocess.run(
             [
                 *(sys.executable, BENCH / script, "--quick", "--json", report, *options),
-                *("--database", f"sqlite+aiosqlite:///{tmp_path / 'bench.db'}"),
+                *("--database", database or f"sqlite+aiosqlite:///{tmp_path / 'bench.db'}"),
             ],
             check=True,
             stdout=subprocess.PIPE,
@@ -69,3 +71,11 @@ def test_a_block_leaves_nothing_to_the_cycle_collector(bench):
 
     assert 12 == len(report["memory"])
     assert [0.0] * 12 == [each["cyclic"] for each in report["memory"]]
+
+
+def test_asking_for_the_transaction_is_measured_beside_not_asking(bench, postgres_url):
+    """G15: `resolve_in_doubt` has its costs, beside the same requests without it."""
+    report, printed = bench("--no-instructions", script="in_doubt.py", database=postgres_url)
+
+    assert {"none", "select", "insert"} == set(report["cpu"])
+    assert "| one INSERT, committed |" in printed
