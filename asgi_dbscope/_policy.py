@@ -18,6 +18,7 @@ from typing import Literal, TypeAlias
 
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._lifecycle import ROLLBACK_ONLY, Fact, State
+from asgi_dbscope._text import name_of
 from asgi_dbscope.errors import CommitPolicyError
 
 Mode = Literal["transaction", "autocommit", "manual"]
@@ -124,7 +125,8 @@ def decide_ending(
     if answer is False:
         return Ending.ROLLBACK
     msg = (
-        f"The commit policy {policy!r} answered {answer!r} for status {head.status}; it must "
-        "return True (commit) or False (roll back). The transaction was rolled back."
+        f"The commit policy {name_of(policy)} answered with a {type(answer).__name__} for status "
+        f"{head.status}; it must return True (commit) or False (roll back). The transaction was "
+        "rolled back."
     )
     raise CommitPolicyError(msg)
