@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from sqlalchemy import URL, Engine, create_engine, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy import URL, Engine, create_engine
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, sessionmaker
 
-from asgi_dbscope._poolers import Pooler, pgbouncer_options
+from asgi_dbscope._poolers import Pooler, pgbouncer_options, read_url
 from asgi_dbscope._session import reporting_session_class
-from asgi_dbscope._text import told
+from asgi_dbscope._text import masked, told
 from asgi_dbscope.errors import ConfigurationError
 
 
@@ -28,15 +28,7 @@ def make_engine(url: URL | str, pooler: Pooler | None = None) -> AsyncEngine | E
     Raises:
         ConfigurationError: If none can be made.
     """
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        msg = (
-            "The database's URL can't be read; it looks like "
-            "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'. "
-            "In a password '@', ':', '/' and '%' are written %40, %3A, %2F and %25."
-        )
-        raise ConfigurationError(msg) from None  # the cause may quote a part of the password
+    parsed = read_url(url)
     options: dict[str, Any] = {} if pooler is None else pgbouncer_options(parsed)
     options["hide_parameters"] = True
     try:
@@ -45,6 +37,8 @@ def make_engine(url: URL | str, pooler: Pooler | None = None) -> AsyncEngine | E
             return create_async_engine(parsed, **options)
         return create_engine(parsed, **options)
     except (SQLAlchemyError, ImportError) as error:
+        if str(parsed) in str(error):  # it shows the query, and there may be a password in it
+            raise ConfigurationError(f"No engine can be made from {masked(parsed)}.") from None
         msg = (
             f"No engine can be made from this URL ({parsed.drivername}): {error}. Is the driver "
             "installed? Those for asyncio are asyncpg, psycopg or aiosqlite, for example."

@@ -232,7 +232,8 @@ class ResponseGate:
         if isinstance(responder, Answer):
             logger.warning("%s: answered %d: %s", self.scopes[0].label, responder.status, failure)
         else:
-            logger.error("%s: %s", self.scopes[0].label, failure, exc_info=failure)
+            kind = type(failure).__name__  # what it says has line breaks and values in it
+            logger.error("%s: not committed (%s)", self.scopes[0].label, kind, exc_info=failure)
         self._failure = None
         result = await responder(self._asgi_scope, self.receive, self.send)
         if self._failure is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
 
 from asgi_dbscope.errors import ConfigurationError
 
@@ -34,6 +35,24 @@ _CONNECT_ARGS: dict[str, dict[str, Any]] = {
 }
 
 
+def read_url(url: URL | str) -> URL:
+    """*url*, parsed.
+
+    Raises:
+        ConfigurationError: If it can't be. What SQLAlchemy says of it may quote a part of the
+            password, and isn't shown.
+    """
+    try:
+        return make_url(url)
+    except (ArgumentError, ValueError):
+        msg = (
+            "The database's URL can't be read; it looks like "
+            "'postgresql+asyncpg://user:password@host/name' or 'sqlite+aiosqlite:///file.db'. "
+            "In a password '@', ':', '/' and '%' are written %40, %3A, %2F and %25."
+        )
+        raise ConfigurationError(msg) from None
+
+
 def pgbouncer_options(
     url: URL | str, *, connect_args: dict[str, Any] | None = None, **options: Any
 ) -> dict[str, Any]:
@@ -61,7 +80,7 @@ def pgbouncer_options(
     Raises:
         ConfigurationError: If the driver is another one, or an argument keeps prepared statements.
     """
-    parsed = make_url(url)
+    parsed = read_url(url)
     needed = _CONNECT_ARGS.get(parsed.drivername.rpartition("+")[2])
     if needed is None or parsed.get_backend_name() != "postgresql":
         msg = (

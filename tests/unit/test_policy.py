@@ -150,7 +150,7 @@ def test_statuses_of_the_presets(status, by_default, on_success):
     status=st.integers(100, 599),
 )
 def test_answer_that_is_no_boolean_is_told(answer, status):
-    """G3: A policy answers True or False; anything else is an error that shows the answer."""
+    """G3: A policy answers True or False; anything else is an error that names its type."""
     with pytest.raises(CommitPolicyError) as caught:
         decide_ending(
             Cause.HEAD, State.ACTIVE, policy=lambda head: answer, head=ResponseHead(status)

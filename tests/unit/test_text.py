@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from asgi_dbscope import ConfigurationError, Database, DBSessionMiddleware
+from asgi_dbscope import ConfigurationError, Database, DBSessionMiddleware, pgbouncer_options
 from asgi_dbscope._text import ascii_line, label_of, name_of, one_line, told
 from tests.fix_asgi import http_scope
 
@@ -139,12 +139,15 @@ def test_url_in_the_wrong_place_is_not_shown(function, arguments, options):
         f"no-url-at-all {SECRET}",
         f"no_dialect://user:{SECRET}@host/name",
         f"postgresql+no_driver://user:{SECRET}@host/name?password={SECRET}",
+        f"sqlite://user:{SECRET}@/file.db?password={SECRET}",
     ],
 )
 def test_url_that_cannot_be_read_is_not_quoted(url):
     """A password that isn't quoted as it should be is cut in odd places; none of them is shown."""
     with pytest.raises(ConfigurationError) as caught:
         Database(url)
+    with pytest.raises(ConfigurationError):
+        pgbouncer_options(url.replace("asyncpg", "other"))
     error: BaseException | None = caught.value
 
     while error is not None:
