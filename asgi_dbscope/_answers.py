@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from asgi_dbscope.errors import OverloadedError, PoolExhaustedError, TransactionTimeoutError
+from asgi_dbscope.errors import (
+    DatabaseUnreachableError,
+    OverloadedError,
+    PoolExhaustedError,
+    TransactionTimeoutError,
+)
 
 if TYPE_CHECKING:
     from asgi_dbscope._asgi import Message, Receive, Scope, Send
@@ -51,6 +56,7 @@ TOO_LATE = Answer(HTTPStatus.GATEWAY_TIMEOUT)
 """The request took longer than it may."""
 
 ANSWERS: dict[type[BaseException], Answer] = {
+    DatabaseUnreachableError: TRY_AGAIN,
     OverloadedError: TRY_AGAIN,
     PoolExhaustedError: TRY_AGAIN,
     PoolTimeoutError: TRY_AGAIN,

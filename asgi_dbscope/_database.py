@@ -20,7 +20,14 @@ from sqlalchemy.util import ScopedRegistry
 from asgi_dbscope import _branches, _current, _dialects
 from asgi_dbscope._agenda import Occasion
 from asgi_dbscope._blocks import SessionHandle, SessionScopeBlock, looks_like_coroutine_function
-from asgi_dbscope._engine import comment_statements, shape_engine, watch, watch_engine
+from asgi_dbscope._checkout import BoundedEngine
+from asgi_dbscope._engine import (
+    ShapedEngine,
+    comment_statements,
+    shape_engine,
+    watch,
+    watch_engine,
+)
 from asgi_dbscope._factory import make_engine, reporting_factory
 from asgi_dbscope._hooks import HookRegistrar
 from asgi_dbscope._options import Concurrency, LabelTransactions, ScopeOptions, check_choice
@@ -94,6 +101,9 @@ class Database(Generic[S]):
             *cleanup_timeout* seconds at most. PostgreSQL only; costs each transaction that has
             written one round trip.
 
+        checkout_timeout: Seconds that a session may wait for its connection: for a place in the
+            pool, and for the database to answer. ``None`` leaves both to the engine's own limits.
+
     Raises:
         ConfigurationError: If an argument is wrong.
     """
@@ -110,6 +120,7 @@ class Database(Generic[S]):
         cleanup_timeout: float = ...,
         pooler: Pooler | None = ...,
         resolve_in_doubt: bool = ...,
+        checkout_timeout: float | None = ...,
     ) -> None: ...
 
     @overload
@@ -123,6 +134,7 @@ class Database(Generic[S]):
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
         resolve_in_doubt: bool = ...,
+        checkout_timeout: float | None = ...,
     ) -> None: ...
 
     @overload
@@ -136,6 +148,7 @@ class Database(Generic[S]):
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
         resolve_in_doubt: bool = ...,
+        checkout_timeout: float | None = ...,
     ) -> None: ...
 
     @overload
@@ -149,6 +162,7 @@ class Database(Generic[S]):
         label_transactions: LabelTransactions | None = ...,
         cleanup_timeout: float = ...,
         resolve_in_doubt: bool = ...,
+        checkout_timeout: float | None = ...,
     ) -> None: ...
 
     def __init__(
@@ -162,12 +176,13 @@ class Database(Generic[S]):
         cleanup_timeout: float = 10.0,
         pooler: Pooler | None = None,
         resolve_in_doubt: bool = False,
+        checkout_timeout: float | None = None,
     ) -> None:
         _check_name(name)
         _check_seconds("cleanup_timeout", cleanup_timeout)
         check_choice("concurrency", concurrency, get_args(Concurrency))
         self.name = name
-        self.options = ScopeOptions(mode=mode)
+        self.options = ScopeOptions(mode=mode, checkout_timeout=checkout_timeout)
         self.concurrency = concurrency
         self.label_transactions = label_transactions
         self.cleanup_timeout = float(cleanup_timeout)
@@ -504,7 +519,13 @@ class Database(Generic[S]):
         shaped = self._shaped_engines.get(key)
         if shaped is None:
             _dialects.check_isolation_level(engine, execution_options.get("isolation_level"))
-            shaped = self._shaped_engines[key] = shape_engine(engine, execution_options)
+            timeout = self.options.checkout_timeout
+            if timeout is None:
+                shaped = shape_engine(engine, execution_options, ShapedEngine)
+            else:
+                shaped = shape_engine(engine, execution_options, BoundedEngine)
+                shaped.name, shaped.timeout = self.name, timeout
+            self._shaped_engines[key] = shaped
         return shaped
 
     async def dispose(self) -> None:

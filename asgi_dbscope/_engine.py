@@ -6,7 +6,7 @@ never goes back to the pool inside a transaction. The listeners are registered o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import event
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from asgi_dbscope._scope import SessionScope
 
+E = TypeVar("E", bound="ShapedEngine")
 
 _watched_dialects: WeakSet[Dialect] = WeakSet()
 """One per real engine: its variants by ``execution_options()`` share its dialect and its pool."""
@@ -97,15 +98,25 @@ def _comment(
     return f"{statement} /* {text} */", parameters
 
 
-def shape_engine(engine: Engine, execution_options: dict[str, Any]) -> Engine:
+def open_transactions(engine: Engine) -> list[SessionScope[Any]]:
+    """The scopes whose transactions hold connections of *engine*'s pool."""
+    found: dict[SessionScope[Any], None] = {}
+    for connection in [*_scopes]:
+        scopes = _scopes.get(connection)
+        if scopes and connection.engine.pool is engine.pool and not connection.invalidated:
+            found[scopes[-1]] = None
+    return [*found]
+
+
+def shape_engine(engine: Engine, execution_options: dict[str, Any], kind: type[E]) -> E:
     """A variant of *engine* over the same pool, which hears of events through *engine*."""
     watch_engine(engine)
-    variant = _ShapedEngine(engine, {})
+    variant = kind(engine, {})
     variant.shape = execution_options
     return variant
 
 
-class _ShapedEngine(OptionEngine):
+class ShapedEngine(OptionEngine):
     """What ``Engine.execution_options()`` makes, but it gives the connection back on failure.
 
     SQLAlchemy applies such options in an event of the connection's making: where that fails or is
@@ -117,7 +128,7 @@ class _ShapedEngine(OptionEngine):
     def connect(self) -> Connection:
         connection = super().connect()
         try:
-            return connection.execution_options(**self.shape)
+            return connection.execution_options(**self.shape) if self.shape else connection
         except BaseException:
             connection.invalidate()  # how much of it was applied is not known
             connection.close()

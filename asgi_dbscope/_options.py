@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from math import inf
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 from asgi_dbscope._current import current_scope
@@ -33,7 +34,13 @@ class ScopeOptions:
 
         read_only: Whether the database itself refuses writes.
 
+        timeout: Seconds that a transaction may take, from its BEGIN.
+
+        checkout_timeout: Seconds that the wait for a connection may take.
+
         shapes_nothing: Whether a transaction begins just as the engine does it.
+
+        is_timed: Whether it matters when a transaction began.
 
     Raises:
         ConfigurationError: If a value is unknown, or two of them exclude each other.
@@ -44,13 +51,23 @@ class ScopeOptions:
     stream: Stream = "release"
     isolation_level: str | None = None
     read_only: bool = False
+    timeout: float | None = None
+    checkout_timeout: float | None = None
     shapes_nothing: bool = field(init=False, compare=False, repr=False, default=True)
+    is_timed: bool = field(init=False, compare=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         shapes_nothing = (
-            self.mode != "autocommit" and self.isolation_level is None and not self.read_only
+            self.mode != "autocommit"
+            and self.isolation_level is None
+            and not self.read_only
+            and self.checkout_timeout is None
         )
         object.__setattr__(self, "shapes_nothing", shapes_nothing)  # it is frozen
+        is_timed = self.timeout is not None or self.checkout_timeout is not None
+        object.__setattr__(self, "is_timed", is_timed)
+        for name in SECONDS:
+            check_seconds(name, getattr(self, name))
         check_choice("mode", self.mode, get_args(Mode))
         check_choice("stream", self.stream, get_args(Stream))
         _check_policy(self.commit_policy)
@@ -70,6 +87,9 @@ class ScopeOptions:
         return replace(self, **changes)
 
 
+SECONDS = ("timeout", "checkout_timeout")
+"""The options that are a number of seconds."""
+
 SHAPES_TRANSACTION = frozenset({"mode", "isolation_level", "read_only"})
 """The options that must be known when a transaction begins; the others matter at the head."""
 
@@ -87,6 +107,17 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         known = ", ".join(repr(choice) for choice in choices)
         msg = f"{name} must be one of {known}; got {value!r}."
         raise ConfigurationError(msg)
+
+
+def check_seconds(name: str, value: Any) -> float | None:
+    """Refuse a *value* that is neither ``None`` nor a number of seconds."""
+    if value is None:
+        return None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 0 < value < inf):
+        msg = f"{name} must be a number of seconds above 0; got {value!r}."
+        raise ConfigurationError(msg)
+    return float(value)
 
 
 def _check_policy(policy: object) -> None:

@@ -93,6 +93,8 @@ class SessionScope(Lifecycle, Generic[S]):
 
         deadline: When its transaction has to be over, by :func:`time.monotonic`.
 
+        begun_at: When its transaction was begun, by the same clock, where an option asks for that.
+
         holder: The scope around it whose connection is held meanwhile, if there is one.
 
         gate: The request that it serves, if it serves one.
@@ -106,6 +108,7 @@ class SessionScope(Lifecycle, Generic[S]):
     abandoned = 0
     """How often what was open was rolled back under its blocks: their other half must not stay."""
     agenda: Agenda | None = None
+    begun_at: float | None = None
     boundaries: tuple[Boundary, ...] = ()
     deadline: float | None = None
     demands: frozenset[str] = frozenset()

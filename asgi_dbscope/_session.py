@@ -17,11 +17,12 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
+from asgi_dbscope._checkout import describe_pool
 from asgi_dbscope._doubt import settle_doubt
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
 from asgi_dbscope._lifecycle import OPEN, Event, Outcome
 from asgi_dbscope._transaction_status import find_transaction_id
-from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError
+from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError, PoolExhaustedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -275,6 +276,7 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+_NO_PLACE = (PoolTimeoutError, PoolExhaustedError)
 _NO_CONNECTION = (OSError, DBAPIError, PoolTimeoutError)
 
 
@@ -291,7 +293,10 @@ def _explain(use: SessionUse, error: BaseException) -> None:
             f"asgi_dbscope: {scope.label} got no connection to the database {scope.database.name!r}"
             "; no transaction was begun."
         )
-        if scope.database.is_sync and isinstance(error, PoolTimeoutError):
+        bind = use.scope.sync_session.bind if use.scope.sync_session is not None else None
+        if isinstance(error, PoolTimeoutError) and isinstance(bind, Engine):
+            error.add_note(f"asgi_dbscope: {describe_pool(bind)}")
+        if scope.database.is_sync and isinstance(error, _NO_PLACE):
             error.add_note(
                 "asgi_dbscope: requests that hold a connection may wait for a worker thread, and "
                 "the threads for connections: give the framework's thread limiter more places than "
@@ -306,24 +311,27 @@ def _shaped_bind(
 ) -> Engine | Connection:
     """The variant of *bind* that begins transactions as the scope's options say."""
     shape = scope.shape
-    if shape.mode == "autocommit":
+    mode = shape.mode
+    if mode == "autocommit":
         transaction = session.get_transaction()
         if transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN:
-            return bind  # the user's own `async with session.begin()`: a real transaction
+            mode = "transaction"  # the user's own `async with session.begin()`: a real one
     execution_options = _dialects.begin_options(
         bind.dialect.name,
-        mode=shape.mode,
+        mode=mode,
         isolation_level=shape.isolation_level,
         read_only=shape.read_only,
     )
-    if not execution_options:
-        return bind
     if not isinstance(bind, Engine):
+        if not execution_options:
+            return bind
         msg = (
             f"{scope!r} asks for {execution_options}, but its session is bound to a connection "
             "that somebody else has begun a transaction on. Bind the session to an engine."
         )
         raise ConfigurationError(msg)
+    if not execution_options and shape.checkout_timeout is None:
+        return bind
     return scope.database.shaped_engine(bind, execution_options)
 
 
@@ -351,6 +359,8 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     use.connections.append(connection)
     scope.database.watch(connection, scope)
     scope.advance(Event.BEGUN)
+    if scope.shape.is_timed:
+        scope.begun_at = monotonic()
     if scope.holder is not None:
         scope.got_second_connection()
     if scope.shape.mode != "autocommit":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from copy import copy
-from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
@@ -32,7 +31,7 @@ from asgi_dbscope._boundary import (
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._current import find_scope
 from asgi_dbscope._lifecycle import State
-from asgi_dbscope._options import ScopeOptions
+from asgi_dbscope._options import ScopeOptions, check_seconds
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._propagation import (
     ENTRIES,
@@ -252,7 +251,7 @@ class TransactionalBlock(Generic[S]):
         self.propagation = check_propagation(propagation)
         self.entries = ENTRIES[self.propagation]
         self.rules = RollbackRules(rollback_for, no_rollback_for)
-        self.timeout = _check_timeout(timeout)
+        self.timeout = check_seconds("timeout", timeout)
         if label is not None and not (isinstance(label, str) and label):
             msg = f"label must be a string that is not empty; got {label!r}."
             raise ConfigurationError(msg)
@@ -616,13 +615,3 @@ async def _stop(
 
 def _normal(value: object) -> object:
     return value.replace("_", " ").upper() if isinstance(value, str) else value
-
-
-def _check_timeout(timeout: Any) -> float | None:
-    if timeout is None:
-        return None
-    is_number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
-    if not (is_number and 0 < timeout < inf):
-        msg = f"timeout must be a number of seconds above 0; got {timeout!r}."
-        raise ConfigurationError(msg)
-    return float(timeout)

@@ -73,6 +73,10 @@ class PoolExhaustedError(DBScopeError, TimeoutError):
     """No connection came free within ``checkout_timeout``; the message says who holds them."""
 
 
+class DatabaseUnreachableError(DBScopeError, TimeoutError):
+    """The database didn't answer the attempt to connect within ``checkout_timeout``."""
+
+
 class OverloadedError(DBScopeError):
     """The request waited in vain to be let in: ``max_concurrent`` others are being served."""
 
