@@ -29,12 +29,12 @@ class BoundedEngine(ShapedEngine):
     """A variant of an engine, over the same pool, that doesn't wait longer than it may.
 
     Attributes:
-        name: The database's.
+        database: The database's name.
 
         timeout: Seconds.
     """
 
-    name = ""
+    database = ""
     timeout = inf
 
     def connect(self) -> Connection:
@@ -75,12 +75,12 @@ class BoundedEngine(ShapedEngine):
         within = f"within {self.timeout:g} seconds (checkout_timeout)"
         if not is_exhausted:
             msg = (
-                f"The database {self.name!r} gave no connection {within}, although its pool had "
-                "room: it didn't answer. No transaction was begun."
+                f"The database {self.database!r} gave no connection {within}, although its pool "
+                "had room: it didn't answer. No transaction was begun."
             )
             raise DatabaseUnreachableError(msg) from cause
         msg = (
-            f"No connection to the database {self.name!r} came free {within}. "
+            f"No connection to the database {self.database!r} came free {within}. "
             f"{describe_pool(self)} No transaction was begun."
         )
         raise PoolExhaustedError(msg) from cause

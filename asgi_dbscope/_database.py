@@ -524,7 +524,7 @@ class Database(Generic[S]):
                 shaped = shape_engine(engine, execution_options, ShapedEngine)
             else:
                 shaped = shape_engine(engine, execution_options, BoundedEngine)
-                shaped.name, shaped.timeout = self.name, timeout
+                shaped.database, shaped.timeout = self.name, timeout
             self._shaped_engines[key] = shaped
         return shaped
 

@@ -523,15 +523,25 @@ async def test_connection_lost_before_its_commit_is_no_success(
 async def test_exhausted_pool_is_an_error_that_says_so(
     drive: Drive, make_sync_engine: Callable[..., sa.Engine]
 ) -> None:
-    """G14: without a free connection the error comes after pool_timeout, with a note."""
+    """G14: without a free connection 503 is the answer after pool_timeout, and notes say why."""
     engine = make_sync_engine("sqlite", pool_size=1, max_overflow=0, pool_timeout=0.05)
     db = Database(engine)
+    errors: list[BaseException] = []
+
+    def note_error(scope: Any, error: BaseException) -> None:
+        errors.append(error)
 
     with engine.connect():
-        exchange = await drive(DBSessionMiddleware(endpoint(add(1)), database=db))
+        app = endpoint(add(1))
+        exchange = await drive(
+            DBSessionMiddleware(app, database=db, commit_error_response=note_error)
+        )
 
-    assert isinstance(exchange.error, sa.exc.TimeoutError)
-    assert any("got no connection" in note for note in exchange.error.__notes__)
+    assert 503 == exchange.status
+    [error] = errors
+    assert isinstance(error, sa.exc.TimeoutError)
+    assert any("got no connection" in note for note in error.__notes__)
+    assert any("The pool has at most 1" in note for note in error.__notes__)
 
 
 # --------------------------------------------------------------------------------------

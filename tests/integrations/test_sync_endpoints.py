@@ -490,7 +490,7 @@ async def test_without_threads_for_endings_they_would_deadlock(
 
     statuses = await rush(drive, DBSessionMiddleware(fastapi_app(db), database=db), 200)
 
-    assert 500 in statuses
+    assert 503 in statuses
 
 
 @pytest.mark.parametrize(("threads", "releases"), [(50, False), (40, True)])
