@@ -4,7 +4,9 @@
 """
 
 import asyncio
+import contextlib
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,10 +16,17 @@ import anyio.to_thread
 import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_dbscope import Database, DBSessionMiddleware, MalformedMessageError, _current
-from tests.fix_asgi import http_scope
+from asgi_dbscope import (
+    Database,
+    DBSessionMiddleware,
+    MalformedMessageError,
+    NoSessionScopeError,
+    _current,
+)
+from tests.fix_asgi import body, http_scope, start
 from tests.fix_database import Item
 from tests.malformed import (
     BODIES,
@@ -242,6 +251,131 @@ def test_every_message_at_every_moment(compare, moment):
     tables = {**HEADS, **MALFORMED_HEADS, **BODIES, **MALFORMED_BODIES}
     sent = [Step("send", make, name) for name, make in (tables | STRANGE).items()]
     received = [Step("receive", make, name) for name, make in RECEIVED.items()]
+    is_strict = moment in {"with nothing open", "in the body", "after the end"}
     for step in [*sent, *received]:
-        for is_strict in (False, True):
-            compare(Program((*before, step, *after), True, is_strict, True))
+        compare(Program((*before, step, *after), True, is_strict, True))
+
+
+# --------------------------------------------------------------------------------------
+# Messages sent at the same time
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["aiosqlite", "asyncpg"], indirect=True)
+def test_messages_sent_at_the_same_time(source, observer, loop):
+    """G1, G18: whichever comes first, no head of a success goes out before its commit."""
+    db = Database(source)
+    firsts = itertools.count(step=SPAN)
+    sends = [Step("send", make, name) for name, make in (HEADS | BODIES | STRANGE).items()]
+    sends += [Step("send", MALFORMED_HEADS[name], name) for name in ("status str", "headers None")]
+
+    @FEW
+    @given(st.lists(st.sampled_from(sends), min_size=2, max_size=6), st.booleans())
+    def check(steps: list[Step], is_strict: bool) -> None:
+        first = next(firsts)
+        rules, names = Rules(offers_trailers=False), dict[int, str]()
+        seen: list[tuple[object, list[int]]] = []
+
+        async def send(message: Any) -> None:
+            if kind_of(message) == "http.response.start" and not seen:
+                seen.append((message["status"], committed(observer, first)))
+            if is_strict:
+                rules.check(message, names)
+
+        async def app(scope: Any, receive: Any, send: Any) -> None:
+            await db.session.execute(sa.insert(Item).values(id=first))
+            messages = [(step.make(), step.name) for step in steps if step.make]
+            names.update({id(message): name for message, name in messages})
+            await asyncio.gather(*(send(each) for each, _ in messages), return_exceptions=True)
+
+        async def run() -> None:
+            async with asyncio.timeout(PATIENCE):
+                with contextlib.suppress(MalformedMessageError, ServerError):
+                    wrapped = DBSessionMiddleware(app, database=db)
+                    await wrapped(http_scope(), asyncio.Event().wait, send)
+
+        loop.run_until_complete(run())
+
+        is_success = bool(seen) and isinstance(seen[0][0], int) and seen[0][0] < 500
+        assert committed(observer, first) == ([0] if is_success else [])
+        assert not seen or seen[0][1] == committed(observer, first)
+        assert 0 == checked_out(source)
+        assert set() == asyncio.all_tasks(loop)
+
+    check()
+
+
+# --------------------------------------------------------------------------------------
+# Scopes, and what is logged of them
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "label"),
+    [
+        ({"method": None, "path": None}, "None None"),
+        ({"method": b"GET", "path": b"/a\n"}, r"b'GET' b'/a\n'"),
+        ({"path": 5, "headers": None, "state": None, "extensions": None}, "GET 5"),
+        ({"path": "/a\r\n2026 ERROR forged\x1b[31m\u202e"}, "GET " + r"/a\r\n2026 ERROR forged"),
+        ({"path": "/\ud800"}, r"GET /\ud800"),
+        ({"path": "/" * 65536, "method": "X" * 65536}, "X" * 200 + "..."),
+    ],
+    ids=["None", "bytes", "others", "forged", "surrogate", "long"],
+)
+async def test_scope_of_odd_values_is_served_and_logged_on_a_line(db, rows, caplog, change, label):
+    """A path writes no line of its own into the log, and its type is the app's business."""
+    caplog.set_level(logging.DEBUG, "asgi_dbscope")
+    answers = []
+
+    async def send(message: Any) -> None:
+        answers.append(message)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        db.session.add(Item(id=1))
+        await send(start(200, trailers=True))
+        db.session.add(Item(id=2))
+        await send(body())
+        db.session.add(Item(id=1))
+
+    wrapped = DBSessionMiddleware(app, database=db, exclude=["/health", "/static/*"])
+    await wrapped({**http_scope(), **change}, asyncio.Event().wait, send)
+
+    assert [1, 2] == await rows()
+    assert 2 == len(answers)
+    assert any(
+        line.endswith("work after the response was not committed") for line in caplog.messages
+    )
+    for line in caplog.messages:
+        assert line.startswith(label)
+        assert line.isprintable()
+        assert 400 >= len(line)
+
+
+@pytest.mark.parametrize("missing", ["method", "path", "headers", "type", "asgi"])
+async def test_scope_with_a_missing_key_is_served(db, drive, missing):
+    """What the server left out is missed by nobody but the app."""
+    scope = http_scope()
+    del scope[missing]
+    seen = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(dict(scope))
+        await send(start())
+        await send(body())
+
+    await drive(DBSessionMiddleware(app, database=db, exclude="/health*"), dict(scope))
+
+    assert [scope] == [{key: each[key] for key in each if key != "asgi_dbscope"} for each in seen]
+
+
+@pytest.mark.parametrize("kind", [None, 5, b"http", [], {}, "HTTP", "webtransport"])
+async def test_scope_of_another_type_has_no_session(db, kind):
+    """G17: what isn't called http isn't taken for it."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        with pytest.raises(NoSessionScopeError):
+            _ = db.session
+        assert kind is scope["type"]
+        assert "asgi_dbscope" not in scope
+
+    await DBSessionMiddleware(app, database=db)({"type": kind}, None, None)
