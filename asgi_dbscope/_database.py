@@ -381,6 +381,8 @@ class Database(Generic[S]):
         if mode is not None:
             changes["mode"] = mode
         block = SessionScopeBlock(self, changes)
+        if read_only or isolation_level is not None:
+            self.check_shape(isolation_level, read_only)
         return block if function is None else block(function)
 
     # ---------------------------------------------------------------- transactional blocks
@@ -489,6 +491,17 @@ class Database(Generic[S]):
             self._session_proxy = kind(self.session_factory, scopefunc=lambda: None)
             self._session_proxy.registry = _CurrentSession(self)
         return self._session_proxy
+
+    def check_shape(self, isolation_level: str | None, read_only: bool | None) -> None:
+        """Refuse transactions that this database can't have, as far as that is known now.
+
+        Raises:
+            ConfigurationError: If one is asked for.
+        """
+        bind = self.session_factory.kw.get("bind")
+        engine = getattr(bind, "sync_engine", bind)
+        if isinstance(engine, Engine):
+            _dialects.check_shape(engine, isolation_level=isolation_level, read_only=read_only)
 
     def hook_scope(self) -> SessionScopeBlock[Any]:
         """The scope that a hook runs in."""

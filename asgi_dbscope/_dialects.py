@@ -65,11 +65,27 @@ def begin_options(
     if mode == "autocommit":
         return {"isolation_level": "AUTOCOMMIT"}
     options: dict[str, Any] = {}
-    if isolation_level is not None:
+    if isolation_level is not None and dialect not in MYSQL:  # see shape_transaction()
         options["isolation_level"] = isolation_level
     if read_only and dialect in POSTGRESQL:
         options["postgresql_readonly"] = True  # part of BEGIN, and taken back at checkin
     return options
+
+
+def check_shape(engine: Engine, *, isolation_level: str | None, read_only: bool | None) -> None:
+    """Refuse transactions that the database can't have, without a connection to it.
+
+    Raises:
+        ConfigurationError: If one is asked for.
+    """
+    check_isolation_level(engine, isolation_level)
+    dialect = engine.dialect.name
+    if read_only and not (dialect in POSTGRESQL or dialect in MYSQL or dialect == "sqlite"):
+        msg = (
+            f"read_only=True can't be enforced on {dialect} yet, and asgi_dbscope doesn't leave it "
+            "to trust. Give the engine a database user that may only read."
+        )
+        raise ConfigurationError(msg)
 
 
 def check_isolation_level(engine: Engine, isolation_level: str | None) -> None:
@@ -92,25 +108,26 @@ def check_isolation_level(engine: Engine, isolation_level: str | None) -> None:
         raise ConfigurationError(msg)
 
 
-def enforce_read_only(connection: Connection) -> None:
-    """Make the database refuse writes in the transaction that *connection* has begun."""
+def shape_transaction(
+    connection: Connection, *, isolation_level: str | None, read_only: bool
+) -> None:
+    """Shape the transaction that *connection* has begun, where :func:`begin_options` couldn't.
+
+    Raises:
+        ConfigurationError: If the database can't do that.
+    """
+    check_shape(connection.engine, isolation_level=isolation_level, read_only=read_only)
     dialect = connection.dialect.name
-    if dialect in POSTGRESQL:
-        return  # done by begin_options()
-    if dialect == "sqlite":
+    if dialect in MYSQL:
+        # For the one transaction that the next statement begins: one round trip, and nothing is
+        # left to take back. The server refuses it inside a transaction, where START TRANSACTION
+        # READ ONLY would commit what is there.
+        level = isolation_level and f"ISOLATION LEVEL {isolation_level.replace('_', ' ')}"
+        characteristics = filter(None, (level, "READ ONLY" if read_only else None))
+        connection.exec_driver_sql(f"SET TRANSACTION {', '.join(characteristics)}")
+    elif read_only and dialect == "sqlite":
         connection.info[QUERY_ONLY] = True
         connection.exec_driver_sql("PRAGMA query_only = ON")
-        return
-    if dialect in MYSQL:
-        # For the transaction that the next statement begins, and for no other. Refused inside of
-        # one, where START TRANSACTION READ ONLY would commit what is there.
-        connection.exec_driver_sql("SET TRANSACTION READ ONLY")
-        return
-    msg = (
-        f"read_only=True can't be enforced on {dialect} yet, and asgi_dbscope doesn't leave it to "
-        "trust. Give the engine a database user that may only read."
-    )
-    raise ConfigurationError(msg)
 
 
 def limit_transaction(connection: Connection, seconds: float) -> None:
@@ -124,7 +141,7 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
         connection.info[STATEMENT_TIME] = True
         connection.exec_driver_sql(
             f"SET @{STATEMENT_TIME} = @@SESSION.max_statement_time, "
-            f"SESSION max_statement_time = {max(seconds, 0.001):.3f}"
+            f"SESSION max_statement_time = {min(max(seconds, 0.001), 31_536_000):.3f}"
         )
         return
     if connection.dialect.name != "postgresql":
@@ -266,6 +283,8 @@ def is_in_transaction(dbapi_connection: Any) -> bool:
             return bool(driver.in_transaction)
         if hasattr(driver, "info"):  # psycopg: IDLE is 0, UNKNOWN (closed) is 4
             return int(driver.info.transaction_status) not in {0, 4}
+        if hasattr(driver, "server_status"):  # asyncmy, aiomysql, PyMySQL
+            return bool(driver.server_status & 1)
     except Exception:  # noqa: BLE001 - a connection that can't say is closed or broken
         return False
     return False

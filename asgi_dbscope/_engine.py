@@ -128,11 +128,32 @@ class ShapedEngine(OptionEngine):
     def connect(self) -> Connection:
         connection = super().connect()
         try:
-            return connection.execution_options(**self.shape) if self.shape else connection
+            if self.shape:
+                connection = connection.execution_options(**self.shape)
         except BaseException:
             connection.invalidate()  # how much of it was applied is not known
             connection.close()
             raise
+        if "isolation_level" in self.shape:
+            _forgive_at_checkin(connection)
+        return connection
+
+
+def _forgive_at_checkin(connection: Connection) -> None:
+    """Throw *connection* away if its isolation level can't be taken back.
+
+    SQLAlchemy lets that error through, and then the connection's place in the pool is lost.
+    """
+    record: Any = connection.connection._connection_record  # noqa: SLF001 - there is no other way
+    undo = record.finalize_callback.pop()
+
+    def undo_or_invalidate(dbapi_connection: DBAPIConnection) -> None:
+        try:
+            undo(dbapi_connection)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may get this connection
+            record.invalidate(error)
+
+    record.finalize_callback.append(undo_or_invalidate)
 
 
 def guard_commit(connection: Connection) -> None:

@@ -363,12 +363,15 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
         scope.begun_at = monotonic()
     if scope.holder is not None:
         scope.got_second_connection()
-    if scope.shape.mode != "autocommit":
+    shape = scope.shape
+    if shape.mode != "autocommit":
         _dialects.check_transactional(connection.engine)
     if use.is_committing:  # the first change was made by a listener of the user's
         scope.note_commit()
-    if scope.shape.read_only:
-        _dialects.enforce_read_only(connection)
+    if not shape.shapes_nothing and shape.mode != "autocommit":
+        _dialects.shape_transaction(
+            connection, isolation_level=shape.isolation_level, read_only=shape.read_only
+        )
     if scope.deadline is not None:
         _dialects.limit_transaction(connection, scope.deadline - monotonic())
     if scope.database.label_transactions == "application_name":

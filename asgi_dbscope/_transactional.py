@@ -259,6 +259,8 @@ class TransactionalBlock(Generic[S]):
         self._changes = {key: value for key, value in given.items() if value is not None}
         self.demands_something = bool(self._changes) or self.timeout is not None
         ScopeOptions(**self._changes)
+        if self._changes and database is not None:
+            database.check_shape(isolation_level, read_only)
         if self._changes and self.propagation in {Propagation.NOT_SUPPORTED, Propagation.NEVER}:
             msg = (
                 f"propagation={self.propagation.value!r} never has a transaction that "

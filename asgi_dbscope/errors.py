@@ -88,8 +88,9 @@ class PoolTooSmallError(DBScopeError):
 class TransactionAbortedError(DBScopeError):
     """A COMMIT was asked for in a transaction that the database has already aborted.
 
-    After an SQL error PostgreSQL answers COMMIT with ROLLBACK and raises nothing. The error that
-    aborted the transaction is this one's ``__cause__``.
+    After an SQL error PostgreSQL answers COMMIT with ROLLBACK and raises nothing. After a deadlock
+    MariaDB has rolled back already, and what follows is another transaction. The error that aborted
+    the transaction is this one's ``__cause__``.
     """
 
 

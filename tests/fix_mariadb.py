@@ -5,6 +5,8 @@ without a network; it asks nobody for a password. Its keeper process waits on a 
 test run holds, so it goes when the test run ends, also when that was killed.
 """
 
+import asyncio
+import contextlib
 import os
 import shutil
 import socket
@@ -14,7 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import sqlalchemy as sa
@@ -68,11 +70,26 @@ def mariadb_server() -> Iterator[sa.URL]:
     if named:
         yield sa.make_url(named).set(drivername="mysql+pymysql")
         return
+    with _running() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def strict_mariadb_server() -> Iterator[sa.URL]:
+    """Where one listens that rolls back whole transactions when a wait for a lock times out."""
+    with _running("--innodb-rollback-on-timeout") as url:
+        yield url
+
+
+@contextlib.contextmanager
+def _running(*options: str) -> Iterator[sa.URL]:
     try:
         program = next(filter(None, map(shutil.which, _PROGRAMS)), None)
         if program is None:
-            raise MariaDBUnavailable(f"no MariaDB: install mariadb-server-core or {URL_VARIABLE}")
-        keeper, directory = _start(program)
+            raise MariaDBUnavailable(
+                f"no MariaDB: install mariadb-server-core or set {URL_VARIABLE}"
+            )
+        keeper, directory = _start(program, options)
     except MariaDBUnavailable as error:
         if os.environ.get("CI"):
             raise pytest.fail.Exception(str(error), pytrace=False) from None
@@ -81,11 +98,11 @@ def mariadb_server() -> Iterator[sa.URL]:
     _stop(keeper)
 
 
-def _start(program: str) -> tuple[subprocess.Popen[str], Path]:
+def _start(program: str, options: tuple[str, ...]) -> tuple[subprocess.Popen[str], Path]:
     directory = Path(tempfile.mkdtemp(prefix="dbscope-mariadb-"))
     identity: dict[str, Any] = give_to_nobody(directory) if os.geteuid() == 0 else {}
     keeper = subprocess.Popen(
-        ["/bin/sh", "-c", _KEEPER, "sh", program, directory, *_OPTIONS],
+        ["/bin/sh", "-c", _KEEPER, "sh", program, directory, *_OPTIONS, *options],
         stdin=subprocess.PIPE,
         text=True,
         cwd=directory,
@@ -124,12 +141,19 @@ def _stop(keeper: subprocess.Popen[str]) -> None:
 @pytest.fixture(scope="session")
 def mariadb_schema(mariadb_server: sa.URL) -> Iterator[sa.Engine]:
     """An engine of its own that looks at an empty database of this worker; the schema is there."""
+    with schema_on(mariadb_server) as observer:
+        yield observer
+
+
+@contextlib.contextmanager
+def schema_on(server: sa.URL) -> Iterator[sa.Engine]:
+    """A new database on *server* with the schema, and an engine that looks at it."""
     name = f"dbscope_test_{uuid.uuid4().hex[:12]}"
     options: dict[str, Any] = {"pool_size": 2, "isolation_level": "AUTOCOMMIT"}
-    administration = sa.create_engine(mariadb_server, **options)
+    administration = sa.create_engine(server, **options)
     with administration.connect() as connection:
         connection.exec_driver_sql(f"CREATE DATABASE {name}")
-    observer = sa.create_engine(mariadb_server.set(database=name), **options)
+    observer = sa.create_engine(server.set(database=name), **options)
     with observer.connect() as connection:
         connection.exec_driver_sql(SCHEMA)
     yield observer
@@ -137,3 +161,74 @@ def mariadb_schema(mariadb_server: sa.URL) -> Iterator[sa.Engine]:
     with administration.connect() as connection:
         connection.exec_driver_sql(f"DROP DATABASE {name}")
     administration.dispose()
+
+
+class Wire:
+    """Stands between a client and MariaDB, and cuts a connection at a statement.
+
+    Attributes:
+        url: Where to connect to, instead of the server.
+    """
+
+    def __init__(self, url: sa.URL) -> None:
+        self._path = str(url.query["unix_socket"])
+        self._directory = tempfile.TemporaryDirectory(prefix="dbscope-wire-")
+        here = str(Path(self._directory.name, "socket"))
+        self.url = url.set(query={**url.query, "unix_socket": here})
+        self._statement: bytes | None = None
+        self._is_heard = False
+        self._server: asyncio.Server | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+
+    def cut(self, statement: bytes, *, is_heard: bool) -> None:
+        """End the connection that sends *statement* next.
+
+        Args:
+            statement: How it begins.
+
+            is_heard: Whether the server still gets it, and does it; its answer comes too late.
+        """
+        self._statement, self._is_heard = statement, is_heard
+
+    async def __aenter__(self) -> Self:
+        path = Path(self._directory.name, "socket")
+        self._server = await asyncio.start_unix_server(self._accept, path)
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        assert self._server is not None
+        self._server.close()
+        for task in list(self._serving):
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        self._directory.cleanup()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answers, requests = await asyncio.open_unix_connection(self._path)
+        answering = asyncio.create_task(_relay(answers, writer))
+        try:
+            while data := await reader.read(65536):
+                if self._statement is not None and data[5:].startswith(self._statement):
+                    self._statement = None
+                    answering.cancel()
+                    await asyncio.gather(answering, return_exceptions=True)
+                    if self._is_heard:
+                        requests.write(data)
+                        await answers.read(1)
+                    break
+                requests.write(data)
+        finally:
+            answering.cancel()
+            requests.close()
+            writer.close()
+
+
+async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(65536):
+        writer.write(data)
+    writer.close()

@@ -7,7 +7,7 @@ from contextlib import suppress
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import async_sessionmaker
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from asgi_dbscope import (
     ConfigurationError,
@@ -158,10 +158,26 @@ async def test_isolation_level_of_a_block_is_what_the_next_one_is_measured_by(db
                     pass
 
 
-async def test_isolation_level_that_the_database_has_not_is_told(db, engine, rows):
-    """G20: A level that the database doesn't know is an error at the first statement."""
+async def test_isolation_level_that_the_database_has_not_is_told(db, engine):
+    """G20: A level that the database doesn't know is an error where it is asked for."""
     with pytest.raises(ConfigurationError, match="isolation_level='SNAPSHOT' is none of"):
-        async with db.transactional(isolation_level="SNAPSHOT") as session:
+        db.transactional(isolation_level="SNAPSHOT")
+    with pytest.raises(ConfigurationError, match="isolation_level='SNAPSHOT' is none of"):
+        db.session_scope(isolation_level="SNAPSHOT")
+
+
+async def test_isolation_level_is_told_late_where_the_database_is_known_late(engine, rows):
+    """G20: With a session class that chooses its engine it is an error at the first statement."""
+
+    class Choosing(Session):
+        def get_bind(self, *args, **kwargs):
+            return engine.sync_engine
+
+    db = Database(async_sessionmaker(sync_session_class=Choosing))
+    block = db.transactional(isolation_level="SNAPSHOT")
+
+    with pytest.raises(ConfigurationError, match="isolation_level='SNAPSHOT' is none of"):
+        async with block as session:
             await write(session, 1)
 
     assert [] == await rows()
@@ -263,10 +279,11 @@ async def test_demand_made_before_the_first_statement_is_not_overridden(
 async def test_isolation_level_demanded_before_the_first_statement_is_not_overridden(db, engine):
     """Two blocks that join before anything has begun can't each have a level of their own."""
     wanted, _ = LEVELS[engine.dialect.name]
+    other = "SERIALIZABLE" if engine.dialect.name == "sqlite" else "REPEATABLE READ"
 
     async with db.session_scope(), db.transactional(isolation_level=wanted):
         with pytest.raises(TransactionMismatchError, match="demands isolation_level"):
-            async with db.transactional(isolation_level="REPEATABLE READ"):
+            async with db.transactional(isolation_level=other):
                 pass
 
 

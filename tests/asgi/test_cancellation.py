@@ -166,7 +166,22 @@ def _is_in_transaction(driver: Any) -> bool:
         return bool(driver.is_in_transaction())
     if hasattr(driver, "in_transaction"):
         return bool(driver.in_transaction)
+    if hasattr(driver, "server_status"):  # MariaDB's: SERVER_STATUS_IN_TRANS
+        return bool(driver.server_status & 1)
     return driver.info.transaction_status.name not in {"IDLE", "UNKNOWN"}
+
+
+OTHERS = {
+    "postgresql": sa.text(
+        "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
+        "AND backend_type = 'client backend' AND pid <> pg_backend_pid() AND state <> 'idle'"
+    ),
+    "mysql": sa.text(
+        "SELECT trx_state FROM information_schema.innodb_trx "
+        "WHERE trx_mysql_thread_id <> CONNECTION_ID()"
+    ),
+}
+"""Who is in a transaction besides the one who asks."""
 
 
 class Observer:
@@ -175,18 +190,14 @@ class Observer:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = create_async_engine(engine.url, pool_size=1, isolation_level="AUTOCOMMIT")
         self.watched = engine
-        self._is_postgres = engine.dialect.name == "postgresql"
+        self._others = OTHERS.get(engine.dialect.name)
 
     async def wait_until_quiet(self) -> None:
         """Wait until the server has ended what was cut off; fail if a transaction stays open."""
-        if not self._is_postgres:
+        if self._others is None:
             return
-        others = sa.text(
-            "SELECT state FROM pg_stat_activity WHERE datname = current_database() "
-            "AND backend_type = 'client backend' AND pid <> pg_backend_pid() AND state <> 'idle'"
-        )
         async with asyncio.timeout(ENOUGH), self.engine.connect() as connection:
-            while list(await connection.scalars(others)):
+            while list(await connection.scalars(self._others)):
                 await asyncio.sleep(0.001)  # another process ends them
 
     async def rows(self, first: int, last: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from asgi_dbscope import (
     pgbouncer_options,
     session_options,
 )
-from asgi_dbscope.errors import TransactionAbortedError
+from asgi_dbscope.errors import CommitInDoubtError, TransactionAbortedError
 from tests.asgi import test_cancellation
 from tests.fix_asgi import body, http_scope, start
 from tests.fix_database import POSTGRES_DRIVERS, Base, Child, Item, Timeline
@@ -391,7 +392,7 @@ async def test_server_connection_lost_before_commit_is_no_success(db, drive, row
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
-    assert isinstance(exchange.error, sa.exc.DBAPIError)
+    assert isinstance(exchange.error, CommitInDoubtError)
     assert [] == exchange.messages
     assert [] == await rows()
 
@@ -416,7 +417,7 @@ async def test_pooler_killed_in_mid_transaction_is_no_success(
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
-    assert isinstance(exchange.error, sa.exc.DBAPIError)
+    assert isinstance(exchange.error, CommitInDoubtError)
     assert [] == exchange.messages
     assert 0 == engine.pool.checkedout()
     with postgres_schema.connect() as connection:
@@ -444,16 +445,29 @@ async def test_pooler_that_reconnects_lets_the_transaction_end(db, drive, rows, 
     assert [1, 2] == await rows()
 
 
+@asynccontextmanager
+async def cuttable(program: str, schema: sa.Engine) -> AsyncIterator[tuple[Proxy, PgBouncer]]:
+    """A pooler whose connections to the server can be cut."""
+    async with Proxy(schema.url, tcp=True) as proxy:
+        pooler = await asyncio.to_thread(PgBouncer, program, proxy.url)
+        yield proxy, pooler
+        pooler.stop()
+    clean(schema)
+
+
+@pytest.mark.parametrize("resolve", [False, True])
 @pytest.mark.parametrize(("cut", "committed"), [(before_commit, []), (after_commit, [1])])
 async def test_commit_lost_behind_the_pooler_is_in_doubt(
-    pgbouncer_program, through, drive, postgres_schema, cut, committed
+    pgbouncer_program, through, drive, postgres_schema, cut, committed, resolve
 ):
-    """G15: where the pooler loses its server during COMMIT the outcome is in doubt."""
+    """G15: where the pooler loses its server during COMMIT the outcome is in doubt.
+
+    Asked by way of the pooler, PostgreSQL tells what became of it.
+    """
     scopes = []
-    async with Proxy(postgres_schema.url, tcp=True) as proxy:
-        pooler = await asyncio.to_thread(PgBouncer, pgbouncer_program, proxy.url)
+    async with cuttable(pgbouncer_program, postgres_schema) as (proxy, pooler):
         engine = through(pooler)
-        db = Database(engine)
+        db = Database(engine, resolve_in_doubt=resolve)
 
         async def app(scope, receive, send):
             scopes.append(current_scope())
@@ -463,13 +477,12 @@ async def test_commit_lost_behind_the_pooler_is_in_doubt(
             await respond(send)
 
         exchange = await drive(DBSessionMiddleware(app, database=db))
+        with postgres_schema.connect() as connection:
+            found = list(connection.scalars(sa.select(Item.id)))
         await engine.dispose()
-        pooler.stop()
-    with postgres_schema.connect() as connection:
-        found = list(connection.scalars(sa.select(Item.id)))
-    clean(postgres_schema)
 
-    assert isinstance(exchange.error, sa.exc.DBAPIError)
-    assert [] == exchange.messages
-    assert Outcome.IN_DOUBT is scopes[0].outcome
+    resolved = Outcome.COMMITTED if committed else Outcome.ROLLED_BACK
     assert committed == found
+    assert (resolved if resolve else Outcome.IN_DOUBT) is scopes[0].outcome
+    assert (200 if resolve and committed else None) == exchange.status
+    assert (exchange.error is None) == (resolve and bool(committed))

@@ -30,7 +30,7 @@ def engine_of(dialect: Any) -> sa.Engine:
 def test_read_only_is_refused_where_no_database_would_enforce_it():
     """G20: `read_only=True` on a database that we can't make enforce it is an error, no promise."""
     with pytest.raises(ConfigurationError, match="can't be enforced on mssql yet") as caught:
-        _dialects.enforce_read_only(connection_of(mssql.dialect()))
+        _dialects.check_shape(engine_of(mssql.dialect()), isolation_level=None, read_only=True)
 
     assert "database user that may only read" in str(caught.value)
 

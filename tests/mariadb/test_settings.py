@@ -1,0 +1,232 @@
+"""Settings of a transaction on MariaDB: they hold in each one, and no other user has them."""
+
+import asyncio
+import time
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from asgi_dbscope import ConfigurationError, Database, DBSessionMiddleware, session_options
+from asgi_dbscope._dialects import mysql_error
+from asgi_dbscope.errors import TransactionTimeoutError
+from tests.fix_asgi import body, http_scope, start
+from tests.fix_database import Item
+
+pytestmark = pytest.mark.parametrize("engine", ["asyncmy"], indirect=True)
+
+READ = sa.select(Item.note).where(Item.id == 1)
+WRITE = sa.update(Item).where(Item.id == 1).values(note="written")
+
+
+@pytest.fixture
+def single(make_engine):
+    """An engine with one connection, so that its next user is sure to have the same."""
+    return make_engine("asyncmy", pool_size=1, max_overflow=0)
+
+
+async def respond(send, status=200):
+    """Answer."""
+    await send(start(status))
+    await send(body(b"ok"))
+
+
+async def refusal(session: Any) -> int | None:
+    """The number of the server's error when it is asked to write."""
+    try:
+        await session.execute(WRITE)
+    except sa.exc.OperationalError as error:
+        return mysql_error(error.orig)
+    return None
+
+
+async def is_serializable(session, engine):
+    """Whether what the session reads is locked against others."""
+    await session.execute(READ)
+    async with engine.connect() as other:
+        await other.execute(sa.text("SET SESSION innodb_lock_wait_timeout = 0"))
+        number = await refusal(other)
+        await other.rollback()
+        await other.execute(sa.text("SET SESSION innodb_lock_wait_timeout = DEFAULT"))
+    assert number in {None, 1205}  # ER_LOCK_WAIT_TIMEOUT
+    return number is not None
+
+
+async def is_read_only(session):
+    """Whether the server refuses to write."""
+    number = await refusal(session)
+    assert number in {None, 1792}  # ER_CANT_EXECUTE_IN_READ_ONLY_TRANSACTION
+    return number is not None
+
+
+async def test_isolation_level_holds_in_each_transaction_and_no_longer(single, engine, drive):
+    """G20: also after a commit in mid-request; the connection's next user has its own."""
+    db = Database(single)
+    seen = []
+
+    @session_options(isolation_level="SERIALIZABLE")
+    async def app(scope, receive, send):
+        seen.append(await is_serializable(db.session, engine))
+        await db.session.commit()
+        seen.append(await is_serializable(db.session, engine))
+        await db.release()
+        seen.append(await is_serializable(db.session, engine))
+        await respond(send)
+
+    async def plain(scope, receive, send):
+        seen.append(await is_serializable(db.session, engine))
+        await respond(send)
+
+    async with db.session_scope() as session:
+        session.add(Item(id=1))
+    exchanges = [await drive(DBSessionMiddleware(each, database=db)) for each in (app, plain)]
+    await single.dispose()
+
+    assert [200, 200] == [each.status for each in exchanges]
+    assert [True, True, True, False] == seen
+
+
+async def test_read_only_holds_in_each_transaction_and_no_longer(single, drive, rows):
+    """G20: the server refuses each write, and lets the connection's next user write."""
+    db = Database(single)
+    seen = []
+
+    @session_options(read_only=True, isolation_level="READ COMMITTED")
+    async def app(scope, receive, send):
+        seen.append(await is_read_only(db.session))
+        await db.session.execute(READ)
+        seen.append(await is_read_only(db.session))
+        await db.session.commit()
+        seen.append(await is_read_only(db.session))
+        await respond(send)
+
+    @session_options(read_only=True)
+    async def idle(scope, receive, send):
+        await db.session.connection()
+        await respond(send)
+
+    async def plain(scope, receive, send):
+        seen.append(await is_read_only(db.session))
+        await respond(send)
+
+    async with db.session_scope() as session:
+        session.add(Item(id=1))
+    apps = (app, plain, idle, plain)
+    exchanges = [await drive(DBSessionMiddleware(each, database=db)) for each in apps]
+    await single.dispose()
+
+    assert [200] * 4 == [each.status for each in exchanges]
+    assert [True, True, True, False, False] == seen
+    assert [1] == await rows()
+
+
+async def test_block_has_its_own_settings(db, drive, engine, rows):
+    """G20: `REQUIRES_NEW` and a joined block that comes first shape their transactions."""
+    seen = []
+    async with db.session_scope() as session:
+        session.add(Item(id=1))
+
+    async def app(scope, receive, send):
+        async with db.transactional(read_only=True):
+            seen.append(await is_read_only(db.session))
+        async with db.transactional("REQUIRES_NEW", isolation_level="serializable") as session:
+            seen.append(await is_serializable(session, engine))
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert 200 == exchange.status
+    assert [True, True] == seen
+
+
+async def test_unknown_isolation_level_is_refused(db, drive):
+    """G20: a level that the server doesn't have never reaches it."""
+
+    @session_options(isolation_level="SNAPSHOT; DROP TABLE item")
+    async def app(scope, receive, send):
+        await db.session.execute(READ)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, ConfigurationError)
+    assert "is none of mysql's: SERIALIZABLE" in str(exchange.error)
+
+
+async def test_transaction_that_is_open_already_is_not_reshaped(engine, db):
+    """G20: where a listener has begun first, the server refuses; nothing is done without."""
+
+    @sa.event.listens_for(engine.sync_engine, "begin")
+    def read(connection):
+        connection.exec_driver_sql("SELECT count(*) FROM item")
+
+    with pytest.raises(sa.exc.OperationalError, match="while a transaction is in progress"):
+        async with db.session_scope(read_only=True) as session:
+            await session.execute(READ)
+
+
+async def test_timeout_ends_the_statement_and_leaves_no_trace(single, rows):
+    """G20: the transaction is rolled back in time, and the server's own limit is back."""
+    db = Database(single)
+    limit = sa.text("SELECT @@SESSION.max_statement_time")
+    async with single.connect() as connection:
+        await connection.execute(sa.text("SET SESSION max_statement_time = 77"))
+    seen = []
+
+    began = time.monotonic()
+    with pytest.raises(TransactionTimeoutError):
+        async with db.transactional(timeout=0.2) as session:
+            session.add(Item(id=1))
+            await session.flush()
+            await session.execute(sa.text("SELECT SLEEP(20)"))
+    took = time.monotonic() - began
+    async with single.connect() as connection:
+        await connection.execute(sa.text("SET SESSION max_statement_time = 77"))
+    async with db.transactional(timeout=30) as session:
+        seen.append(await session.scalar(limit))
+    async with single.connect() as connection:
+        seen.append(await connection.scalar(limit))
+    await single.dispose()
+
+    assert took < 10
+    assert 29 < seen[0] <= 30
+    assert 77 == seen[1]
+    assert [] == await rows()
+
+
+async def test_ddl_commits_what_was_before_it(db, drive, rows):
+    """MariaDB's own: DDL ends the transaction around it, so nothing before it can be taken back."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        await db.session.execute(sa.text("CREATE OR REPLACE TABLE other (id INTEGER)"))
+        db.session.add(Item(id=2))
+        await respond(send, 500)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert 500 == exchange.status
+    assert [1] == await rows()
+
+
+async def test_requests_with_and_without_settings_do_not_mix(db, drive, rows):
+    """G12, G20: at the same time, each has the settings it asked for."""
+
+    @session_options(read_only=True)
+    async def reading(scope, receive, send):
+        await respond(send, 200 if await is_read_only(db.session) else 500)
+
+    async def writing(scope, receive, send):
+        db.session.add(Item(id=int(scope["path"][1:])))
+        await db.session.flush()
+        await respond(send)
+
+    async with db.session_scope() as session:
+        session.add(Item(id=1))
+    apps = [DBSessionMiddleware(each, database=db) for each in (reading, writing)]
+    exchanges = await asyncio.gather(
+        *(drive(apps[number % 2], http_scope(f"/{number}")) for number in range(10, 30))
+    )
+
+    assert [200] * 20 == [each.status for each in exchanges]
+    assert [1, *range(11, 30, 2)] == await rows()
