@@ -95,6 +95,8 @@ class Client:
         after: float,
         answer: Answer,
     ) -> None:
+        if self._reader is not None and self._reader.at_eof():
+            self.leave()  # the server has closed it meanwhile
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port)
         assert self._reader is not None

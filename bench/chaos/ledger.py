@@ -48,11 +48,14 @@ class Entry(Base):
 
 
 class Page(Base):
-    """A page of a body, written while that goes out."""
+    """A page of a body, written while that goes out.
+
+    It doesn't refer to its transfer: not everybody has committed that by then.
+    """
 
     __tablename__ = "page"
     id: Mapped[int] = mapped_column(primary_key=True)
-    transfer_id: Mapped[int] = mapped_column(ForeignKey(Transfer.id), index=True)
+    transfer_id: Mapped[int] = mapped_column(index=True)
 
 
 class Receipt(Base):
@@ -60,7 +63,7 @@ class Receipt(Base):
 
     __tablename__ = "receipt"
     id: Mapped[int] = mapped_column(primary_key=True)
-    transfer_id: Mapped[int] = mapped_column(ForeignKey(Transfer.id), index=True)
+    transfer_id: Mapped[int] = mapped_column(index=True)
 
 
 class Label(Base):
