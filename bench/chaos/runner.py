@@ -5,31 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
-import os
 import random
-import signal
-import socket
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from bench.chaos import ledger
-from bench.chaos.app import APPLICATION_NAME, GRACE, STATE
+from bench.chaos.app import APPLICATION_NAME
 from bench.chaos.audit import Findings, audit
 from bench.chaos.client import Client
 from bench.chaos.faults import Faults, connect
+from bench.chaos.process import CALM, App
 from bench.chaos.requests import KINDS, Visitors
 from tests.fix_postgres import WheelServer
 from tests.fix_proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from bench.chaos.faults import Connection
 
@@ -43,7 +40,6 @@ SETTINGS = {
     "autovacuum": "on",
 }
 
-SERVE = Path(__file__).with_name("serve.py")
 TELLTALES = {
     "non-checked-in connection": "connections collected",
     "was never awaited": "coroutines never awaited",
@@ -52,9 +48,6 @@ TELLTALES = {
     "may or may not have been committed": "logged as in doubt",
 }
 """What the app's log is read for."""
-
-CALM = 15.0
-"""Seconds that the app has to come to rest."""
 
 TRIED = 100
 """Requests that must succeed after each storm."""
@@ -291,57 +284,3 @@ def _create(server: WheelServer) -> None:
         )
         connection.execute(sa.insert(ledger.Label).values(name=ledger.LABEL))
     engine.dispose()
-
-
-class App:
-    """The server process of one round."""
-
-    def __init__(
-        self, python: str, contestant: str, url: sa.URL, pool_size: int, log: Path
-    ) -> None:
-        self._command = [python, "-P", str(SERVE), contestant]
-        self._command += [url.render_as_string(hide_password=False), str(pool_size)]
-        self._log = log
-        self.port = 0
-        self._process: asyncio.subprocess.Process | None = None
-
-    async def __aenter__(self) -> Self:
-        with socket.create_server(("127.0.0.1", 0), backlog=512) as listener:
-            self.port = listener.getsockname()[1]
-            with self._log.open("wb") as log:
-                self._process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    str(listener.fileno()),
-                    pass_fds=[listener.fileno()],
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-        return self
-
-    async def state(self) -> dict[str, Any]:
-        """What is under way in it."""
-        client = Client(self.port)
-        answer = await client.request("GET", STATE, patience=30)
-        client.leave()
-        if not answer.is_complete:
-            raise RuntimeError(f"the app doesn't answer: see {self._log}")
-        found: dict[str, Any] = json.loads(answer.body)
-        return found
-
-    async def end(self) -> bool:
-        """Send SIGTERM; whether it ended by itself."""
-        assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            async with asyncio.timeout(GRACE + CALM):
-                await self._process.wait()
-        except TimeoutError:
-            return False
-        return True
-
-    async def __aexit__(self, *error: object) -> None:
-        assert self._process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
