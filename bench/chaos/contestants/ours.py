@@ -1,4 +1,4 @@
-"""`DBSessionMiddleware`, with an answer for a COMMIT that nobody answered."""
+"""`DBSessionMiddleware`, with an answer for a COMMIT that got none."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from asgi_dbscope import Database, DBSessionMiddleware, Outcome
+from asgi_dbscope import CommitInDoubtError, Database, DBSessionMiddleware
 from bench.chaos.app import IN_DOUBT, OUTCOME, Contestant, disposing
 
 
-def make(engine: AsyncEngine) -> Contestant:
-    """The app."""
-    db = Database(engine, cleanup_timeout=2.0)
+def make(engine: AsyncEngine, **options: Any) -> Contestant:
+    """The app; *options* are the database's."""
+    db = Database(engine, cleanup_timeout=2.0, **options)
 
     def answer(scope: Any, error: BaseException) -> JSONResponse | None:  # noqa: ARG001
-        if db.scope.outcome is not Outcome.IN_DOUBT:
+        if not isinstance(error, CommitInDoubtError):
             return None
         return JSONResponse({"detail": "ask before you repeat it"}, 503, {OUTCOME: IN_DOUBT})
 
