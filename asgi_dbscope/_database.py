@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, get_args, o
 from weakref import WeakKeyDictionary
 
 import anyio.to_thread
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -36,7 +36,7 @@ from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
 from asgi_dbscope._poolers import Pooler
 from asgi_dbscope._propagation import Propagation, PropagationName
 from asgi_dbscope._text import told
-from asgi_dbscope._transaction_status import check_can_resolve
+from asgi_dbscope._transaction_status import check_can_resolve, note_server
 from asgi_dbscope._transactional import TransactionalBlock
 from asgi_dbscope.errors import ConfigurationError, NoSessionScopeError
 
@@ -240,6 +240,8 @@ class Database(Generic[S]):
             msg = "resolve_in_doubt needs a session factory that is bound to an engine."
             raise ConfigurationError(msg)
         check_can_resolve(engine)
+        if not event.contains(engine, "connect", note_server):
+            event.listen(engine, "connect", note_server)
 
     def __repr__(self) -> str:
         return f"<Database {self.name!r} {told(self.session_factory.kw.get('bind'))}>"

@@ -12,11 +12,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._lifecycle import Event, State
-from asgi_dbscope._transaction_status import (
-    TransactionStatus,
-    find_status,
-    is_unknown_transaction,
-)
+from asgi_dbscope._transaction_status import TransactionStatus, find_status
 from asgi_dbscope.errors import CommitInDoubtError
 
 if TYPE_CHECKING:
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from asgi_dbscope._scope import SessionScope
+    from asgi_dbscope._transaction_status import Transaction
     from asgi_dbscope._use import SessionUse
 
 logger = logging.getLogger("asgi_dbscope")
@@ -35,7 +32,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.01, 0.5
 def miss_answer(scope: SessionScope[Any]) -> None:
     """COMMIT will get no answer on its own connection; another one may be asked."""
     use = scope.use
-    if scope.transaction_id is not None and use is not None and use.is_committing:
+    if scope.transaction is not None and use is not None and use.is_committing:
         scope.is_answer_missing = True  # settle_doubt() follows, in the session's commit()
     else:
         lose_answer(scope)
@@ -118,16 +115,14 @@ def _ask_until_known(scope: SessionScope[Any], use: SessionUse) -> TransactionSt
     (connection,) = use.connections
     if not connection.invalidated:
         connection.invalidate()  # its place in the pool is free, also where that has only one
-    assert scope.transaction_id is not None
-    ask = partial(_ask, connection.engine, scope.transaction_id)
+    assert scope.transaction is not None
+    ask = partial(_ask, connection.engine, scope.transaction)
     pause = FIRST_PAUSE
     while True:
         try:
             status: TransactionStatus | None = use.in_time(ask, deadline - monotonic())
         except Exception as error:  # noqa: BLE001 - unreachable, or starting up
             logger.debug("%s: the server can't be asked: %r", scope.label, error)
-            if is_unknown_transaction(error):
-                return None
             status = TransactionStatus.IN_PROGRESS
         if status is not TransactionStatus.IN_PROGRESS:
             return status
@@ -138,7 +133,7 @@ def _ask_until_known(scope: SessionScope[Any], use: SessionUse) -> TransactionSt
         pause = min(pause * 2, LONGEST_PAUSE)
 
 
-def _ask(engine: Engine, transaction_id: int) -> TransactionStatus | None:
+def _ask(engine: Engine, transaction: Transaction) -> TransactionStatus | None:
     """Ask the server on a connection of its own, made as the engine makes them.
 
     Not one of the pool: those may be as dead as the one that was lost, and all be taken.
@@ -147,9 +142,9 @@ def _ask(engine: Engine, transaction_id: int) -> TransactionStatus | None:
     try:
         connection = pool.connect()
         try:
-            return find_status(connection, transaction_id)
+            return find_status(connection, transaction)
         finally:
-            connection.close()
+            connection.invalidate()  # close() would first roll back, and wait for that
     finally:
         pool.dispose()
 

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._gate import ResponseGate
+    from asgi_dbscope._transaction_status import Transaction
     from asgi_dbscope._use import SessionUse
 
 S = TypeVar("S", bound="AsyncSession | Session")
@@ -118,8 +119,8 @@ class SessionScope(Lifecycle, Generic[S]):
     shaped_by: str | None = None
     is_websocket = False
     """Whether it is a websocket's, which has sessions only by blocks of their own."""
-    transaction_id: int | None = None
-    """PostgreSQL's number of the transaction that is being committed, if it was asked for."""
+    transaction: Transaction | None = None
+    """What is being committed, or was last, if ``resolve_in_doubt`` has asked for it."""
     was_commit_lost = False
     """Whether its last COMMIT got no answer, and the server said that nothing of it was kept.
 
@@ -222,6 +223,14 @@ class SessionScope(Lifecycle, Generic[S]):
         if asgi_scope is None:
             return self._name or "session_scope()"
         return label_of(asgi_scope)
+
+    @property
+    def transaction_id(self) -> int | None:
+        """PostgreSQL's number of what is being committed, or was last.
+
+        Only with ``Database(resolve_in_doubt=True)``, and if something was written.
+        """
+        return None if self.transaction is None else self.transaction.number
 
     @property
     def block_label(self) -> str | None:

@@ -18,10 +18,10 @@ from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._checkout import describe_pool
-from asgi_dbscope._doubt import settle_doubt
+from asgi_dbscope._doubt import lose_answer, settle_doubt
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
 from asgi_dbscope._lifecycle import OPEN, Event, Outcome
-from asgi_dbscope._transaction_status import find_transaction_id
+from asgi_dbscope._transaction_status import find_transaction
 from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError, PoolExhaustedError
 
 if TYPE_CHECKING:
@@ -410,19 +410,20 @@ def _before_commit(session: Any) -> None:
     for connection in use.connections:
         refuse_if_aborted(connection)
     if use.scope.database.resolve_in_doubt:
-        _note_transaction(use)
+        _note_transaction(session, use)
     use.scope.note_commit()
 
 
-def _note_transaction(use: SessionUse) -> None:
+def _note_transaction(session: Session, use: SessionUse) -> None:
     """Ask for the transaction's number, in case that its COMMIT gets no answer.
 
     A round trip, so only where something was written; and only where one transaction is one COMMIT.
     """
     connection, *others = use.connections
     has_written = use.has_written or was_handed_out(connection)
-    is_worth_it = has_written and not others and not _dialects.is_autocommit(connection)
-    use.scope.transaction_id = find_transaction_id(connection) if is_worth_it else None
+    is_one = not (others or session.twophase or _dialects.is_autocommit(connection))
+    is_worth_it = has_written and is_one
+    use.scope.transaction = find_transaction(connection) if is_worth_it else None
 
 
 def _after_commit(session: Any) -> None:
@@ -461,6 +462,9 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
         unwatch(connection, use.scope)
     use.connections.clear()
     if use.scope.state in OPEN:
-        use.scope.advance(Event.ROLLED_BACK)
+        if use.scope.is_answer_missing:  # whoever heard of it kept it to himself
+            lose_answer(use.scope)
+        else:
+            use.scope.advance(Event.ROLLED_BACK)
     if ends_block and use.scope.agenda is not None:
         use.run_hooks()  # of an `async with session.begin():` of the user's own

@@ -13,6 +13,7 @@ pytest_plugins = [
     "tests.fix_server",
     "tests.fix_sync",
     "tests.fix_proxy",
+    "tests.fix_in_doubt",
 ]
 
 # A busy machine is no bug.

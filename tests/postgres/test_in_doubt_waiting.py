@@ -1,0 +1,214 @@
+"""While PostgreSQL is asked what became of a COMMIT: how long it takes, and who is cancelled."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any, Self
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from asgi_dbscope import (
+    CommitInDoubtError,
+    DBSessionMiddleware,
+    Outcome,
+    State,
+    current_scope,
+)
+from tests.fix_asgi import body, start
+from tests.fix_database import POSTGRES_DRIVERS, Item
+from tests.fix_in_doubt import ENOUGH, run_job
+from tests.fix_proxy import after_commit
+
+pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
+
+
+def app_of(db, scopes, before_answer=None):
+    """An app that writes a row, does *before_answer*, and answers."""
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        if before_answer is not None:
+            before_answer()
+        await send(start(201))
+        await send(body(b"ok"))
+
+    return DBSessionMiddleware(app, database=db)
+
+
+class HeldCommit:
+    """Makes each COMMIT of a row wait inside the server until it is let through."""
+
+    LOCK = 4713
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._connection: Any = None
+
+    async def __aenter__(self) -> Self:
+        async with self._engine.begin() as connection:
+            function = f"""
+                CREATE OR REPLACE FUNCTION be_held() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_advisory_xact_lock({self.LOCK}); RETURN NULL; END $$
+            """
+            trigger = """
+                CREATE CONSTRAINT TRIGGER be_held AFTER INSERT ON item
+                DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION be_held()
+            """
+            await connection.execute(sa.text(function))
+            await connection.execute(sa.text(trigger))
+        self._connection = await self._engine.connect()
+        await self._connection.execute(sa.select(sa.func.pg_advisory_lock(self.LOCK)))
+        await self._connection.commit()
+        return self
+
+    async def wait_until_reached(self) -> None:
+        """Wait until a COMMIT waits."""
+        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE objid = :lock AND NOT granted")
+        async with self._engine.connect() as connection:
+            while not await connection.scalar(waiting, {"lock": self.LOCK}):
+                await asyncio.sleep(0.001)  # another process begins to wait
+
+    async def let_through(self) -> None:
+        """Let every COMMIT through."""
+        await self._connection.execute(sa.select(sa.func.pg_advisory_unlock_all()))
+        await self._connection.commit()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.let_through()
+        await self._connection.close()
+        async with self._engine.begin() as connection:
+            await connection.execute(sa.text("DROP TRIGGER be_held ON item"))
+
+
+async def asked_times(caplog, times):
+    """Wait until the server has been asked, and had no answer, so often."""
+    async with asyncio.timeout(ENOUGH):
+        while times > sum("can't be asked" in each.message for each in caplog.records):
+            await asyncio.sleep(0.001)  # the question goes to another process
+
+
+async def test_commit_that_is_still_under_way_is_waited_for(make_db, engine, proxy, drive, rows):
+    """G15: while the server is still at it, it is asked again; then the response goes out."""
+    scopes: list[Any] = []
+    async with HeldCommit(engine) as held:
+        request = asyncio.create_task(drive(app_of(make_db(), scopes)))
+        await held.wait_until_reached()
+        proxy.cut()
+        async with asyncio.timeout(ENOUGH):
+            while not scopes[0].is_answer_missing:
+                await asyncio.sleep(0.001)
+        assert State.COMMITTING is scopes[0].state
+        await asyncio.wait([request], timeout=0.1)  # some questions long
+        assert not request.done()
+        await held.let_through()
+        exchange = await request
+
+    assert (201, b"ok") == (exchange.status, exchange.body)
+    assert Outcome.COMMITTED is scopes[0].outcome
+    assert [1] == await rows()
+
+
+async def test_server_that_comes_back_is_asked_then(make_db, proxy, drive, rows, caplog):
+    """G15: a server that can't be reached at first is asked until it can."""
+    caplog.set_level(logging.DEBUG, "asgi_dbscope")
+    scopes: list[Any] = []
+
+    def go_down():
+        proxy.arm("cut", after_commit)
+        proxy.is_down = True
+
+    request = asyncio.create_task(drive(app_of(make_db(), scopes, go_down)))
+    await asked_times(caplog, 2)
+    proxy.is_down = False
+    exchange = await request
+
+    assert (201, b"ok") == (exchange.status, exchange.body)
+    assert [1] == await rows()
+
+
+async def test_deadline_leaves_it_in_doubt(make_db, proxy, rows, caplog):
+    """G15: after `cleanup_timeout` nobody is asked any more; error and log have the number."""
+    told: list[Any] = []
+    db = make_db(cleanup_timeout=0.3)
+
+    def go_down():
+        db.on_completion(told.append)
+        proxy.arm("cut", after_commit)
+        proxy.is_down = True
+
+    began = time.monotonic()
+    outcome, error = await run_job(db, go_down)
+
+    assert 0.3 <= time.monotonic() - began < ENOUGH
+    assert Outcome.IN_DOUBT is outcome
+    assert isinstance(error, CommitInDoubtError)
+    assert isinstance(error.transaction_id, int)
+    [line] = [each.message for each in caplog.records if each.levelno == logging.ERROR]
+    assert str(error.transaction_id) in line
+    assert [Outcome.IN_DOUBT] == told
+    assert [1] == await rows()
+
+
+async def test_server_that_says_nothing_is_left_at_the_deadline(make_db, proxy, rows):
+    """G15: a connection that is taken and never served ends at the deadline, and leaves nothing."""
+    db = make_db(cleanup_timeout=0.3)
+
+    def fall_silent():
+        proxy.arm("cut", after_commit)
+        proxy.arm("swallow", lambda message: not message.kind, times=None)  # all that connect
+
+    outcome, error = await run_job(db, fall_silent)
+
+    assert Outcome.IN_DOUBT is outcome
+    assert isinstance(error, CommitInDoubtError)
+    assert [1] == await rows()
+
+
+@contextlib.asynccontextmanager
+async def asking(db, drive, proxy, caplog):
+    """A request whose COMMIT was done and not answered, while no server can be reached."""
+    caplog.set_level(logging.DEBUG, "asgi_dbscope")
+    scopes: list[Any] = []
+
+    def go_down():
+        proxy.arm("cut", after_commit)
+        proxy.is_down = True
+
+    request = asyncio.create_task(drive(app_of(db, scopes, go_down)))
+    await asked_times(caplog, 1)
+    yield request, scopes[0]
+    assert State.CLOSED is scopes[0].state
+
+
+async def test_cancelled_while_asking_it_still_finds_out(make_db, proxy, drive, rows, caplog):
+    """G15, G10: a cancellation waits until the server has said what became; the head goes out."""
+    async with asking(make_db(), drive, proxy, caplog) as (request, scope):
+        request.cancel()
+        await asked_times(caplog, 3)
+        assert not request.done()
+        proxy.is_down = False
+        exchange = await request
+
+    assert 201 == exchange.status
+    assert isinstance(exchange.error, asyncio.CancelledError) or exchange.is_complete
+    assert Outcome.COMMITTED is scope.outcome
+    assert [1] == await rows()
+
+
+async def test_cancelled_while_asking_it_ends_at_its_deadline(make_db, proxy, drive, rows, caplog):
+    """G15, G10: with no server to ask, a cancelled request ends in doubt, and ends."""
+    async with asking(make_db(cleanup_timeout=0.3), drive, proxy, caplog) as (request, scope):
+        for _ in range(3):
+            request.cancel()
+            await asyncio.sleep(0)
+        exchange = await request
+
+    assert [] == exchange.messages
+    assert isinstance(exchange.error, (CommitInDoubtError, asyncio.CancelledError))
+    assert Outcome.IN_DOUBT is scope.outcome
+    assert [1] == await rows()
