@@ -10,6 +10,7 @@ from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope
 from tests.fix_asgi import body, start
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 
+ALL_DRIVERS = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 
 
@@ -31,6 +32,7 @@ async def failing(scope, receive, send):
     await respond(send, 503, b"sorry")
 
 
+@ALL_DRIVERS
 async def test_database_error_surfaces_with_a_note(db, drive, rows, timeline):
     """G2: the database's own error comes out as it is, and a note says what became of the work."""
     scopes = []
@@ -50,6 +52,7 @@ async def test_database_error_surfaces_with_a_note(db, drive, rows, timeline):
     assert [] == await rows()
 
 
+@ALL_DRIVERS
 async def test_app_that_swallows_the_error_does_not_hide_it(db, drive, rows):
     """G2: an app that catches what `send` raised and returns has answered nothing: it surfaces."""
 
@@ -136,6 +139,7 @@ async def test_work_after_the_error_is_committed_with_the_apps_own_answer(db, dr
     assert [2] == await rows()
 
 
+@ALL_DRIVERS
 async def test_background_work_does_not_run_after_a_failed_commit(db, drive):
     """G2: what stands after the `send` that failed does not run."""
     ran = []
@@ -285,6 +289,7 @@ async def test_commit_error_response_that_swallows_its_own_failure_surfaces(db, 
     assert [] == await rows()
 
 
+@ALL_DRIVERS
 async def test_flush_that_fails_at_the_head_is_a_failed_commit(db, drive, rows):
     """G2: what is only written at the head fails there, and is treated no differently."""
     async with db.session_scope() as session:

@@ -7,7 +7,9 @@ import sqlalchemy as sa
 
 from asgi_dbscope import DBSessionMiddleware
 from tests.fix_asgi import body, start
-from tests.fix_database import Item
+from tests.fix_database import POSTGRES_DRIVERS, Item
+
+pytestmark = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
 
 DISCONNECT = {"type": "http.disconnect"}
 

@@ -14,7 +14,9 @@ from asgi_dbscope import (
     session_options,
 )
 from tests.fix_asgi import body, start
-from tests.fix_database import Child, Item
+from tests.fix_database import POSTGRES_DRIVERS, Child, Item
+
+pytestmark = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
 
 
 class MissingError(Exception):

@@ -6,7 +6,9 @@ import sqlalchemy as sa
 from asgi_dbscope import DBSessionMiddleware, Outcome, State, current_scope
 from asgi_dbscope.errors import ConfigurationError, RollbackOnlyError, SessionScopeClosedError
 from tests.fix_asgi import body, start
-from tests.fix_database import Child, Item
+from tests.fix_database import POSTGRES_DRIVERS, Child, Item
+
+pytestmark = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
 
 
 async def respond(send, status=200):

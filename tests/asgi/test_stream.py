@@ -11,10 +11,13 @@ from asgi_dbscope.errors import StreamSessionError
 from tests.fix_asgi import body, start
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 
+ALL_DRIVERS = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
+
 DISCONNECT = {"type": "http.disconnect"}
 TRANSACTION = ["checkout", "begin", "commit", "checkin"]
 
 
+@ALL_DRIVERS
 async def test_body_has_a_transaction_of_its_own(db, drive, rows, timeline):
     """G7: the response's transaction ends before the head, the body's before its last message."""
 
@@ -66,6 +69,7 @@ async def test_object_of_the_handler_serves_the_body(db, drive, rows):
     assert [1] == await rows()
 
 
+@ALL_DRIVERS
 async def test_failed_commit_of_the_body_tears_it(db, drive, rows, timeline):
     """G7: where the body's COMMIT fails its last message is never sent, and the error surfaces."""
 
@@ -101,6 +105,7 @@ async def test_app_that_swallows_the_failed_commit_of_its_body_does_not_hide_it(
     assert not exchange.is_complete
 
 
+@ALL_DRIVERS
 async def test_exception_in_the_body_rolls_back_its_work(db, drive, rows, timeline):
     """G7: an exception in mid-stream rolls back the body's work, and keeps the response's."""
 
@@ -135,6 +140,7 @@ async def test_body_that_is_never_finished_is_rolled_back(db, drive, rows):
     assert [] == await rows()
 
 
+@ALL_DRIVERS
 async def test_cancellation_in_the_body_rolls_back_its_work(db, drive, rows):
     """G7, G10: a task that is stopped in mid-stream keeps the response's work only."""
     reached = asyncio.Event()
@@ -157,6 +163,7 @@ async def test_cancellation_in_the_body_rolls_back_its_work(db, drive, rows):
     assert [1] == await rows()
 
 
+@ALL_DRIVERS
 async def test_disconnect_in_the_body_rolls_back_its_work(db, drive, rows, timeline):
     """G7: a disconnect that the app sees in mid-stream rolls back what the body has written."""
 
@@ -299,6 +306,7 @@ async def test_server_side_cursor_does_not_survive_the_head_without_hold(db, dri
     assert 20 == len(await rows())
 
 
+@ALL_DRIVERS
 async def test_hold_commits_response_and_body_together(db, drive, rows, timeline):
     """G7: with `stream="hold"` one transaction serves both, ended before the last body message."""
 
@@ -331,6 +339,7 @@ async def test_hold_still_rolls_back_an_error_before_its_head(db, drive, rows, t
     assert ["checkout", "begin", "rollback", "checkin", "start 500", "last body"] == timeline
 
 
+@ALL_DRIVERS
 async def test_hold_rolls_back_all_of_a_torn_body(db, drive, rows):
     """G7: with `stream="hold"` an exception in mid-stream takes the handler's work with it."""
 
