@@ -55,6 +55,18 @@ ER_LOCK_DEADLOCK.
 LOCK_WAIT_TIMEOUT = 1205
 """InnoDB rolls back the statement; the whole transaction with ``innodb_rollback_on_timeout``."""
 
+_LEVELS = ("", "READ UNCOMMITTED", "READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE")
+
+SET_TRANSACTION = {
+    (level, read_only): "SET TRANSACTION "
+    + ", ".join(
+        filter(None, (level and f"ISOLATION LEVEL {level}", "READ ONLY" if read_only else ""))
+    )
+    for level in _LEVELS
+    for read_only in (False, True)
+}
+"""MariaDB's statements, by isolation level and whether writes are refused; there are no others."""
+
 _APPLICATION_NAME = text("SELECT set_config('application_name', :label, true)")
 
 
@@ -122,9 +134,8 @@ def shape_transaction(
         # For the one transaction that the next statement begins: one round trip, and nothing is
         # left to take back. The server refuses it inside a transaction, where START TRANSACTION
         # READ ONLY would commit what is there.
-        level = isolation_level and f"ISOLATION LEVEL {isolation_level.replace('_', ' ')}"
-        characteristics = filter(None, (level, "READ ONLY" if read_only else None))
-        connection.exec_driver_sql(f"SET TRANSACTION {', '.join(characteristics)}")
+        level = (isolation_level or "").replace("_", " ").upper()
+        connection.exec_driver_sql(SET_TRANSACTION[level, read_only])
     elif read_only and dialect == "sqlite":
         connection.info[QUERY_ONLY] = True
         connection.exec_driver_sql("PRAGMA query_only = ON")

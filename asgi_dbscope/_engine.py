@@ -101,7 +101,8 @@ def _comment(
 def open_transactions(engine: Engine) -> list[SessionScope[Any]]:
     """The scopes whose transactions hold connections of *engine*'s pool."""
     found: dict[SessionScope[Any], None] = {}
-    for connection in [*_scopes]:
+    # All keys at once: other threads begin and end their transactions meanwhile.
+    for connection in filter(None, [each() for each in _scopes.keyrefs()]):
         scopes = _scopes.get(connection)
         if scopes and connection.engine.pool is engine.pool and not connection.invalidated:
             found[scopes[-1]] = None

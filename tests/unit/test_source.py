@@ -82,6 +82,8 @@ def is_fixed(value: ast.expr, around: ast.AST) -> bool:
         return value.id.isupper() or (
             bool(assigned) and all(is_fixed(each, around) for each in assigned)
         )
+    if isinstance(value, ast.Subscript):  # of a table of statements
+        return isinstance(value.value, ast.Name) and value.value.id.isupper()
     return isinstance(value, ast.Call)  # of SQLAlchemy's: select(), CreateSchema()
 
 
