@@ -4,6 +4,7 @@ It takes a minute or two, so it has an environment of its own: `tox run -e chaos
 """
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
@@ -115,3 +116,13 @@ def test_the_audit_finds_what_is_wrong(answer, is_present, pages, finding):
 
     found = {name for name in ("missing", "present", "halves") if getattr(findings, name)}
     assert (finding in found) if finding else not found
+
+
+def test_page_explains_every_fault():
+    """The documentation has a line for each kind of request and each kind of fault."""
+    page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
+    meanings = {**{name: kind.means for name, kind in KINDS.items()}, **MEANINGS}
+
+    assert [] == [
+        name for name, means in meanings.items() if f"| *{name}* | {means} |" not in page
+    ]
