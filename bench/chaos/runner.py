@@ -41,7 +41,7 @@ SETTINGS = {
 }
 
 TELLTALES = {
-    "non-checked-in connection": "connections collected",
+    "SAWarning: The garbage collector is trying": "connections collected",
     "was never awaited": "coroutines never awaited",
     "was destroyed but it is pending": "tasks destroyed",
     "exception was never retrieved": "exceptions never retrieved",
