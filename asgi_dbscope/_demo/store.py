@@ -28,6 +28,7 @@ from asgi_dbscope._demo.ledger import (
     Receipt,
     Transfer,
 )
+from asgi_dbscope._text import masked
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -80,7 +81,7 @@ class Store:
         return engine.execution_options(schema_translate_map={None: self.schema})
 
     def __str__(self) -> str:
-        place = repr(self.engine.url)
+        place = masked(self.engine.url)
         return place if self.schema is None else f"{place}, schema {self.schema}"
 
     def held(self) -> int:
@@ -190,7 +191,7 @@ async def _create(store: Store) -> None:
             await store.create()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is one line
         raise DemoError(
-            f"The database {store.engine.url!r} can't be used: {_first_line(error)}"
+            f"The database {masked(store.engine.url)} can't be used: {_first_line(error)}"
         ) from None
 
 

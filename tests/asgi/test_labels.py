@@ -30,7 +30,15 @@ NASTY = (
     *("'", '"', "';", '\\"', "\\'", "\\", "`", "$$", "$1", "?", ":x", ":note", "%", "%%", "%s"),
     *("%(x)s", "*/", "/*", "/* /*", "*/*/", "**//", "*\\/", "--", "-- ", "\n", "\r\n", "\0"),
     *("\u2028", "\u202e", "\ud800", "\U0001f600", "ä", "{x}", "\x1b[2J"),
-    *("*/; DELETE FROM item; /*", "\n; DELETE FROM item; --", "' || pg_sleep(9) || '"),
+    *(
+        "!50000 1",
+        "M! 1",
+        "*/ /*! DELETE FROM item */",
+        "#",
+        "*/; DELETE FROM item; /*",
+        "\n; DELETE FROM item; --",
+        "' || pg_sleep(9) || '",
+    ),
 )
 LABELS = st.one_of(
     st.sampled_from(NASTY),
@@ -57,7 +65,7 @@ def loop() -> Iterator[Loop]:
     loop.close()
 
 
-@pytest.fixture(params=["aiosqlite", "asyncpg", "async psycopg", "sqlite", "psycopg"])
+@pytest.fixture(params=["aiosqlite", "asyncpg", "async psycopg", "asyncmy", "sqlite", "psycopg"])
 def source(
     request: pytest.FixtureRequest, make_engine: Callable[..., AsyncEngine], loop: Loop
 ) -> Iterator[Source]:
