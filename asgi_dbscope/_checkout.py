@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from asgi_dbscope._scope import SessionScope
 
+_POOL_NOTE = "asgi_dbscope: The pool has "
+
 SHOWN = 10
 """How many of the connections' holders a message names."""
 
@@ -79,17 +81,33 @@ class BoundedEngine(ShapedEngine):
                 "had room: it didn't answer. No transaction was begun."
             )
             raise DatabaseUnreachableError(msg) from cause
-        msg = (
-            f"No connection to the database {self.database!r} came free {within}. "
-            f"{describe_pool(self)} No transaction was begun."
+        error = PoolExhaustedError(
+            f"No connection to the database {self.database!r} came free {within}. No transaction "
+            "was begun."
         )
-        raise PoolExhaustedError(msg) from cause
+        note_pool(self, error)
+        raise error from cause
 
 
 def is_exhausted(engine: Engine) -> bool:
     """Whether every connection that there can be is taken."""
     pool = engine.pool
     return isinstance(pool, QueuePool) and pool.checkedout() >= pool_capacity(engine)
+
+
+def note_pool(engine: Engine, error: BaseException) -> None:
+    """Add to *error* what :func:`describe_pool` says.
+
+    A note, which is for whoever reads the traceback: it names the paths of other requests, and an
+    app may show a client what the error itself says.
+    """
+    error.add_note(f"asgi_dbscope: {describe_pool(engine)}")
+
+
+def pool_note(error: BaseException) -> str:
+    """What :func:`note_pool` has added to *error*; empty if nothing."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return next((each for each in notes if each.startswith(_POOL_NOTE)), "")
 
 
 def describe_pool(engine: Engine) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._answers import Answer, find_answer, hides_answer
 from asgi_dbscope._asgi import ResponseHead
+from asgi_dbscope._checkout import pool_note
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._lifecycle import Fact
@@ -230,7 +231,8 @@ class ResponseGate:
         if responder is None:
             raise failure from failure.__cause__
         if isinstance(responder, Answer):
-            logger.warning("%s: answered %d: %s", self.scopes[0].label, responder.status, failure)
+            told = f"{failure} ({note})" if (note := pool_note(failure)) else failure
+            logger.warning("%s: answered %d: %s", self.scopes[0].label, responder.status, told)
         else:
             kind = type(failure).__name__  # what it says has line breaks and values in it
             logger.error("%s: not committed (%s)", self.scopes[0].label, kind, exc_info=failure)

@@ -17,7 +17,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._checkout import describe_pool
+from asgi_dbscope._checkout import is_exhausted, note_pool, pool_note
 from asgi_dbscope._doubt import lose_answer, settle_doubt
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
 from asgi_dbscope._lifecycle import OPEN, Event, Outcome
@@ -288,14 +288,15 @@ def _explain(use: SessionUse, error: BaseException) -> None:
             f"asgi_dbscope: the transaction of {scope.label} was begun read-only by "
             f"{scope.shaped_by}, which joined it first."
         )
-    if scope.state not in OPEN and not getattr(error, "__notes__", None):
+    notes = [each for each in getattr(error, "__notes__", ()) if each != pool_note(error)]
+    if scope.state not in OPEN and not notes:
         error.add_note(
             f"asgi_dbscope: {scope.label} got no connection to the database {scope.database.name!r}"
             "; no transaction was begun."
         )
         bind = use.scope.sync_session.bind if use.scope.sync_session is not None else None
-        if isinstance(error, PoolTimeoutError) and isinstance(bind, Engine):
-            error.add_note(f"asgi_dbscope: {describe_pool(bind)}")
+        if isinstance(error, PoolTimeoutError) and isinstance(bind, Engine) and is_exhausted(bind):
+            note_pool(bind, error)
         if scope.database.is_sync and isinstance(error, _NO_PLACE):
             error.add_note(
                 "asgi_dbscope: requests that hold a connection may wait for a worker thread, and "

@@ -70,7 +70,7 @@ class TransactionTimeoutError(DBScopeError, TimeoutError):
 
 
 class PoolExhaustedError(DBScopeError, TimeoutError):
-    """No connection came free within ``checkout_timeout``; the message says who holds them."""
+    """No connection came free within ``checkout_timeout``; a note says who holds them."""
 
 
 class DatabaseUnreachableError(DBScopeError, TimeoutError):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from asgi_dbscope import (
     ConfigurationError,
@@ -65,8 +65,8 @@ async def test_exhausted_pool_is_a_quick_503_that_names_the_holders(small, drive
     [message] = [each for each in caplog.messages if "answered 503" in each]
     assert re.fullmatch(
         r"GET /ask: answered 503: No connection to the database 'default' came free within 0\.05 "
-        r"seconds \(checkout_timeout\)\. The pool has at most 1 \(pool_size=1\), and 1 are taken: "
-        r"GET /hold for \d\.\d s\. No transaction was begun\.",
+        r"seconds \(checkout_timeout\)\. No transaction was begun\. \(asgi_dbscope: The pool "
+        r"has at most 1 \(pool_size=1\), and 1 are taken: GET /hold for \d\.\d s\.\)",
         message,
     )
 
@@ -80,6 +80,7 @@ async def test_error_is_raised_where_the_session_asks(small):
                 await session.execute(sa.text("SELECT 1"))
 
     assert isinstance(raised.value, TimeoutError)
+    assert "taken" not in str(raised.value)  # other requests are named in a note, not to clients
     assert any("got no connection to the database 'shop'" in each for each in notes(raised.value))
 
 
@@ -101,6 +102,21 @@ async def test_flush_that_commit_brings_is_bounded_too(small, drive):
         exchange = await drive(DBSessionMiddleware(app, database=db))
 
     assert 503 == exchange.status
+
+
+async def test_pool_that_isnt_exhausted_is_not_described(make_engine):
+    """G14: of several engines, the figures of one say nothing of the other's timeout."""
+    one = create_async_engine("sqlite+aiosqlite://", poolclass=sa.NullPool)
+    other = make_engine("sqlite", file="other.db", **SMALL, pool_timeout=0.05)
+    db = Database(async_sessionmaker(one, binds={Item: other}))
+    async with other.connect():
+        with pytest.raises(sa.exc.TimeoutError) as raised:
+            async with db.session_scope() as session:
+                await session.execute(sa.select(Item))
+    await other.dispose()
+
+    assert any("no transaction was begun" in each for each in notes(raised.value))
+    assert not any("The pool has" in each for each in notes(raised.value))
 
 
 async def test_holders_outside_of_any_scope_are_counted(small):
