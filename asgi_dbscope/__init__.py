@@ -10,6 +10,7 @@ from asgi_dbscope._options import session_options
 from asgi_dbscope._policy import CommitPolicy, commit_on_success, commit_unless_error
 from asgi_dbscope._poolers import pgbouncer_options
 from asgi_dbscope._propagation import Propagation
+from asgi_dbscope._retry import Retry
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import (
     AmbiguousDatabaseError,
@@ -27,6 +28,7 @@ from asgi_dbscope.errors import (
     OverloadedError,
     PoolExhaustedError,
     PoolTooSmallError,
+    ReplayedError,
     RollbackOnlyError,
     SessionScopeClosedError,
     SessionScopeMismatchError,
@@ -60,7 +62,9 @@ __all__ = [
     "PoolExhaustedError",
     "PoolTooSmallError",
     "Propagation",
+    "ReplayedError",
     "ResponseHead",
+    "Retry",
     "RollbackOnlyError",
     "SessionScope",
     "SessionScopeClosedError",

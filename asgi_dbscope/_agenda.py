@@ -111,9 +111,18 @@ class Agenda:
         is_handed_over: Whether a request runs the late ones at its end.
     """
 
-    __slots__ = ("_failures", "_hooks", "due", "is_handed_over", "late", "started")
+    __slots__ = (
+        "_conflicts",
+        "_failures",
+        "_hooks",
+        "due",
+        "is_handed_over",
+        "late",
+        "started",
+    )
 
     def __init__(self) -> None:
+        self._conflicts: list[_Entry] = []
         self._hooks: list[_Entry] = []
         self._failures: list[_Entry] = []
         self.due: list[tuple[Hook, Outcome]] = []
@@ -130,6 +139,15 @@ class Agenda:
     def failure(self) -> BaseException | None:
         """The first error of a joined block that forbids the COMMIT."""
         return self._failures[0].content if self._failures else None
+
+    @property
+    def conflict(self) -> BaseException | None:
+        """The conflict with another transaction that this one has lost to."""
+        return self._conflicts[0].content if self._conflicts else None
+
+    def add_conflict(self, error: BaseException, savepoint: SessionTransaction | None) -> None:
+        """The transaction has lost, unless *savepoint* is rolled back to."""
+        self._conflicts.append(_Entry(error, savepoint))
 
     def failure_under(self, savepoint: SessionTransaction) -> BaseException | None:
         """The first such error since *savepoint*."""
@@ -150,13 +168,14 @@ class Agenda:
     def roll_back_to(self, savepoint: SessionTransaction) -> None:
         """What came since *savepoint* is undone: failures are healed, on-commit hooks dropped."""
         self._failures = [e for e in self._failures if not _is_under(e.savepoint, savepoint)]
+        self._conflicts = [e for e in self._conflicts if not _is_under(e.savepoint, savepoint)]
         for entry in self._hooks:
             if _is_under(entry.savepoint, savepoint):
                 entry.is_rolled_back = True
 
     def end(self, outcome: Outcome) -> None:
         """The transaction is over."""
-        self._failures = []
+        self._conflicts, self._failures = [], []
         hooks, self._hooks = self._hooks, []
         for entry in hooks:
             hook: Hook = entry.content

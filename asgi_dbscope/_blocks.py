@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from functools import wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -12,7 +11,9 @@ from sqlalchemy.orm import Session
 
 from asgi_dbscope import _current
 from asgi_dbscope._completion import redeliver
+from asgi_dbscope._decorate import decorate, refuse_retry
 from asgi_dbscope._policy import Cause, Ending
+from asgi_dbscope._retry import check_retry
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import ConfigurationError, DBScopeError, RollbackOnlyError
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._options import ScopeOptions
+    from asgi_dbscope._retry import Retry
 
 F = TypeVar("F", bound="Callable[..., Any]")
 S = TypeVar("S", bound="AsyncSession | Session")
@@ -57,64 +59,6 @@ def check_with(database: Database[Any], *, is_async: bool, call: str) -> None:
     kind = "synchronous" if is_async else "asynchronous"
     msg = f"{database!r} is {kind}: use `{right} {call}`."
     raise ConfigurationError(msg)
-
-
-def decorate(function: F, database: Database[Any] | None, call: str, enter: Callable[[], Any]) -> F:
-    """*function*, each call of which runs inside what *enter* returns.
-
-    Args:
-        function: A coroutine function for an asynchronous database, a plain one for a synchronous.
-
-        database: The database, where it is known by now.
-
-        call: What messages call the decorator.
-
-        enter: Makes a fresh context manager.
-
-    Raises:
-        ConfigurationError: If *function* is of the wrong kind.
-    """
-    method: Any = function
-    if isinstance(function, (classmethod, staticmethod)):
-        return cast("F", type(method)(decorate(method.__func__, database, call, enter)))
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-        msg = (
-            f"{function!r} is a generator, which is suspended between its values for as long as "
-            f"its reader likes. Use `{call}` as a context manager inside it, or around the loop "
-            "that reads it."
-        )
-        raise ConfigurationError(msg)
-    if isinstance(function, type) or not callable(function):
-        msg = f"{call} decorates functions; got {function!r}."
-        raise ConfigurationError(msg)
-    is_async = inspect.iscoroutinefunction(function)
-    if database is not None and database.is_sync is is_async:
-        kind, functions = (
-            ("synchronous", "plain functions")
-            if is_async
-            else ("asynchronous", "coroutine functions")
-        )
-        msg = (
-            f"{database!r} is {kind}, so {call} decorates {functions}; {function!r} is none. In "
-            "other code use it as a context manager."
-        )
-        raise ConfigurationError(msg)
-    call_it: Any = function
-    if is_async:
-
-        @wraps(call_it)
-        async def in_block(*args: Any, **kwargs: Any) -> Any:
-            async with enter():
-                return await call_it(*args, **kwargs)
-
-        return cast("F", in_block)
-
-    @wraps(call_it)
-    def in_block_here(*args: Any, **kwargs: Any) -> Any:
-        with enter():
-            return call_it(*args, **kwargs)
-
-    return cast("F", in_block_here)
 
 
 class SessionHandle(Generic[S]):
@@ -241,12 +185,16 @@ class OwnScope(Generic[S]):
 class SessionScopeBlock(Generic[S]):
     """What ``db.session_scope()`` returns: a context manager and a decorator."""
 
-    __slots__ = ("_changes", "_database", "_own")
+    __slots__ = ("_changes", "_database", "_own", "_retry")
 
-    def __init__(self, database: Database[S], changes: dict[str, Any]) -> None:
+    def __init__(
+        self, database: Database[S], changes: dict[str, Any], retry: Retry | None = None
+    ) -> None:
         database.options.changed(changes)  # an error now rather than at the first entry
+        check_retry(retry)
         self._database = database
         self._changes = changes
+        self._retry = retry
         self._own: OwnScope[S] | None = None
 
     def __call__(self, function: F) -> F:
@@ -256,12 +204,19 @@ class SessionScopeBlock(Generic[S]):
             self._database,
             "db.session_scope()",
             lambda: SessionScopeBlock(self._database, self._changes),
+            self._retry,
         )
+
+    def owned_scope(self) -> SessionScope[S] | None:
+        """The scope whose transaction its innermost entry here ends."""
+        return None if self._own is None else self._own.scope
 
     def _open(self) -> S:
         if self._own is not None:
             msg = "This session_scope() is entered already; call db.session_scope() once per block."
             raise ConfigurationError(msg)
+        if self._retry is not None:
+            refuse_retry("db.session_scope(retry=...)")
         options = self._database.options
         enclosing = _current.find_scope(self._database)
         if enclosing is not None and enclosing.is_websocket:

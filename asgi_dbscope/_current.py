@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from asgi_dbscope._boundary import Boundary
     from asgi_dbscope._database import Database
+    from asgi_dbscope._retry import Attempt
     from asgi_dbscope._scope import SessionScope
 
     class ScopeHolder(Protocol):
@@ -49,6 +50,11 @@ if TYPE_CHECKING:
         @property
         def loop(self) -> asyncio.AbstractEventLoop | None:
             """The event loop it was opened in; ``None`` outside of asyncio."""
+            ...
+
+        @property
+        def current_attempt(self) -> Attempt | None:
+            """What is known of its attempts, where it may be done again after a conflict."""
             ...
 
         def take_late_hooks(self, scope: SessionScope[Any]) -> bool:

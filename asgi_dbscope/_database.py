@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
 
     from asgi_dbscope._policy import Mode
+    from asgi_dbscope._retry import Retry
     from asgi_dbscope._scope import SessionScope
 
 F = TypeVar("F", bound="Callable[..., Any]")
@@ -353,6 +354,7 @@ class Database(Generic[S]):
         mode: Mode | None = ...,
         read_only: bool = ...,
         isolation_level: str | None = ...,
+        retry: Retry | None = ...,
     ) -> SessionScopeBlock[S]: ...
 
     def session_scope(
@@ -363,6 +365,7 @@ class Database(Generic[S]):
         mode: Mode | None = None,
         read_only: bool = False,
         isolation_level: str | None = None,
+        retry: Retry | None = None,
     ) -> Any:
         """A scope of its own: for a script, a job, a websocket's message, a test.
 
@@ -377,12 +380,14 @@ class Database(Generic[S]):
 
             isolation_level: As SQLAlchemy spells it.
 
+            retry: Whether and how a decorated function is called again that lost to a conflict.
+
             function: For ``@db.session_scope`` without parentheses.
         """
         changes: dict[str, Any] = {"read_only": read_only, "isolation_level": isolation_level}
         if mode is not None:
             changes["mode"] = mode
-        block = SessionScopeBlock(self, changes)
+        block = SessionScopeBlock(self, changes, retry)
         if read_only or isolation_level is not None:
             self.check_shape(isolation_level, read_only)
         return block if function is None else block(function)
@@ -400,6 +405,7 @@ class Database(Generic[S]):
         isolation_level: str | None = ...,
         read_only: bool | None = ...,
         timeout: float | None = ...,
+        retry: Retry | None = ...,
         rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
         no_rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
         label: str | None = ...,
@@ -419,6 +425,9 @@ class Database(Generic[S]):
             read_only: Whether the database itself refuses writes. ``None`` demands nothing.
 
             timeout: Seconds that the transaction may take.
+
+            retry: Whether and how a decorated function is called again that lost to a conflict,
+                where the transaction is its own; where it joins one, that is for whoever began it.
 
             rollback_for: Exceptions that roll back although *no_rollback_for* names a class above.
 
@@ -621,6 +630,7 @@ def transactional(
     isolation_level: str | None = ...,
     read_only: bool | None = ...,
     timeout: float | None = ...,
+    retry: Retry | None = ...,
     rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
     no_rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
     label: str | None = ...,

@@ -67,6 +67,15 @@ SET_TRANSACTION = {
 }
 """MariaDB's statements, by isolation level and whether writes are refused; there are no others."""
 
+CONFLICTS = frozenset({"40001", "40P01"})
+"""The SQLSTATEs of a serialization failure and of a deadlock."""
+
+MYSQL_CONFLICTS = frozenset({1020, LOCK_WAIT_TIMEOUT, 1213})
+"""ER_CHECKREAD, a lock that did not come in time, ER_LOCK_DEADLOCK."""
+
+MYSQL_DRIVERS = frozenset({"MySQLdb", "aiomysql", "asyncmy", "pymysql"})
+"""Packages whose errors have MySQL's error code as their first argument."""
+
 _APPLICATION_NAME = text("SELECT set_config('application_name', :label, true)")
 
 
@@ -225,6 +234,59 @@ def check_transactional(engine: Engine) -> None:
             "that could be rolled back. Say mode='autocommit', or make the engine without it."
         )
         raise ConfigurationError(msg)
+
+
+def find_conflict(error: BaseException, also: tuple[type[Exception], ...] = ()) -> str | None:
+    """The code of the conflict with another transaction that *error* stands for, if it does.
+
+    Looks through SQLAlchemy's wrapper, the causes of errors, and groups of them. An error that was
+    raised while a conflict was merely being handled (its ``__context__``) doesn't count: whoever
+    handles a conflict may well have healed it.
+
+    Args:
+        error: What was raised.
+
+        also: Classes that mean a conflict, too.
+    """
+    to_see: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while to_see:
+        each = to_see.pop()
+        if each is None or id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, also):
+            return type(each).__name__
+        code = _conflict_code(each) or getattr(each, _LOST_COMMIT, None)
+        if code is not None:
+            return code
+        to_see += [each.__cause__, getattr(each, "orig", None)]
+        if isinstance(each, BaseExceptionGroup):
+            to_see += cast("BaseExceptionGroup[BaseException]", each).exceptions
+    return None
+
+
+_LOST_COMMIT = "asgi_dbscope_lost_commit"
+
+
+def mark_lost_commit(error: BaseException) -> None:
+    """Of the COMMIT that *error* ended nothing was kept, so it may be done again."""
+    setattr(error, _LOST_COMMIT, "COMMIT got lost")
+
+
+def _conflict_code(error: BaseException) -> str | None:
+    """The code by which the driver's own *error* tells of a conflict."""
+    # asyncpg, psycopg; psycopg2 and SQLAlchemy's asyncpg
+    sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    if isinstance(sqlstate, str) and sqlstate in CONFLICTS:
+        return sqlstate
+    if isinstance(error, sqlite3.Error):
+        code = getattr(error, "sqlite_errorcode", 0)
+        return str(error.sqlite_errorname) if code & 0xFF == sqlite3.SQLITE_BUSY else None
+    if type(error).__module__.partition(".")[0] in MYSQL_DRIVERS:
+        number = mysql_error(error)
+        return str(number) if number in MYSQL_CONFLICTS else None
+    return None
 
 
 def may_abort(connection: Connection, error: BaseException) -> bool:

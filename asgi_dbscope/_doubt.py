@@ -11,6 +11,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from asgi_dbscope._dialects import mark_lost_commit
 from asgi_dbscope._lifecycle import Event, State
 from asgi_dbscope._transaction_status import TransactionStatus, find_status
 from asgi_dbscope.errors import CommitInDoubtError
@@ -62,6 +63,7 @@ def settle_doubt(session: Session, use: SessionUse, error: BaseException) -> boo
             return True
         if status is TransactionStatus.ABORTED:
             scope.was_commit_lost = True
+            mark_lost_commit(error)
             error.add_note(
                 f"asgi_dbscope: COMMIT of {scope.label} (transaction {scope.transaction_id}) got "
                 "lost on its way; the server says that nothing of it was kept."

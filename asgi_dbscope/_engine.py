@@ -15,6 +15,7 @@ from sqlalchemy.engine.base import OptionEngine
 from asgi_dbscope import _dialects
 from asgi_dbscope._doubt import miss_answer
 from asgi_dbscope._lifecycle import State
+from asgi_dbscope._retry import COMMITTED
 from asgi_dbscope._text import ascii_line
 from asgi_dbscope.errors import TransactionAbortedError
 
@@ -173,7 +174,10 @@ def _before_commit(connection: Connection) -> None:
     scopes = _scopes.get(connection)
     if scopes:
         refuse_if_aborted(connection)
-        scopes[-1].note_commit()
+        scope = scopes[-1]
+        scope.note_commit()
+        if scope.current_attempt is not None and not (scope.use and scope.use.is_committing):
+            scope.current_attempt.forbid(COMMITTED)  # past the session, which won't hear of it
 
 
 def refuse_if_aborted(connection: Connection) -> None:
@@ -223,6 +227,7 @@ def _on_error(context: ExceptionContext) -> None:
     error = context.original_exception
     if context.is_disconnect:
         _dialects.cut_off(connection, error)
+    scope.note_error(context.sqlalchemy_exception or error)
     if scope.state is State.COMMITTING and _dialects.is_unanswered(context):
         if not context.is_disconnect:  # the driver doesn't know that its connection is of no use
             context.is_disconnect = True

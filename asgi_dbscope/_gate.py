@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._options import ScopeOptions
+    from asgi_dbscope._retry import Attempt, Retry
 
     CommitErrorResponse = Callable[[Any, BaseException], AnyASGIApp | None]
 
@@ -60,11 +61,14 @@ class Served:
         commit_error_response: See :class:`.DBSessionMiddleware`.
 
         warn_of_hider: Told the class of a ``BaseHTTPMiddleware`` that a response came through.
+
+        retry: See :class:`.DBSessionMiddleware`.
     """
 
     options: dict[Database[Any], ScopeOptions]
     commit_error_response: CommitErrorResponse | None
     warn_of_hider: Callable[[type], None]
+    retry: Retry | None = None
 
 
 class Phase(Fact):
@@ -159,6 +163,11 @@ class ResponseGate:
     def is_in_body(self) -> bool:
         """Whether the head has been sent, and the last body message not."""
         return self._phase is Phase.BODY
+
+    @property
+    def current_attempt(self) -> Attempt | None:
+        """What is known of the attempts: those of the request that called this app in process."""
+        return None if self.outer is None else self.outer.current_attempt
 
     @property
     def databases(self) -> Iterable[Database[Any]]:
@@ -319,7 +328,7 @@ class ResponseGate:
     async def _settle_head(self, message: Message, exception: BaseException | None) -> None:
         try:
             for scope in self.scopes:
-                if scope.boundaries and _find_base_http_middleware() is None:
+                if scope.boundaries and find_base_http_middleware() is None:
                     scope.check_blocks()
             unsettled = [scope for scope in self.scopes if not scope.is_settled()]
             if not unsettled:
@@ -410,7 +419,7 @@ class ResponseGate:
             exception = None
         is_raised = exception is not None
         if 400 <= status < 500 and not is_raised:  # noqa: PLR2004 - a 4xx
-            hider = _find_base_http_middleware()
+            hider = find_base_http_middleware()
             if hider is not None:
                 is_raised = True
                 self.served.warn_of_hider(hider)
@@ -458,7 +467,7 @@ class ResponseGate:
         return find_answer(failure)
 
 
-def _find_base_http_middleware() -> type | None:
+def find_base_http_middleware() -> type | None:
     """The class of a ``BaseHTTPMiddleware`` inside that the message being sent came through.
 
     It runs the app in a task of its own, so that the exception behind a response can't be seen,

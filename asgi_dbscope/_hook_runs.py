@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 
 from asgi_dbscope._completion import run_to_completion
+from asgi_dbscope._retry import HOOK_RAN
 from asgi_dbscope._text import name_of
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def _take_due(scope: SessionScope[Any], *, late: bool) -> list[tuple[Hook, Outco
         due, agenda.late = agenda.late, []
     else:
         due, agenda.due = agenda.due, []
+    if due and scope.current_attempt is not None:
+        scope.current_attempt.forbid(HOOK_RAN)
     return due
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 from asgi_dbscope import _current
 from asgi_dbscope._agenda import Hook, Occasion, check_hook_options
 from asgi_dbscope._lifecycle import Outcome
+from asgi_dbscope._retry import HOOK_RAN
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -121,6 +122,8 @@ def _register(hook: Hook, database: Database[Any]) -> None:
 def _call_at_once(hook: Hook, database: Database[Any], scope: SessionScope[Any] | None) -> None:
     if scope is not None:
         scope.check_open()
+        if scope.current_attempt is not None:
+            scope.current_attempt.forbid(HOOK_RAN)
     elif hook.is_async:
         _check_loop(hook)
     try:

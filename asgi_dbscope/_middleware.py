@@ -14,6 +14,8 @@ from asgi_dbscope._current import get_innermost, reset_innermost, set_innermost
 from asgi_dbscope._database import Database
 from asgi_dbscope._gate import ResponseGate, Served
 from asgi_dbscope._policy import commit_unless_error
+from asgi_dbscope._replay import serve
+from asgi_dbscope._retry import endpoint_retries
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope._text import told
 from asgi_dbscope.errors import ConfigurationError
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from asgi_dbscope._asgi import AnyASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._gate import CommitErrorResponse
     from asgi_dbscope._policy import CommitPolicy, Mode, Stream
+    from asgi_dbscope._retry import Retry
 
     Exclude = str | Iterable[str] | Callable[[Scope], bool]
 
@@ -61,6 +64,9 @@ class DBSessionMiddleware:
             committed before the last body message. ``"hold"``: the response's own transaction
             stays open to the body's end. ``"error"``: refused.
 
+        retry: Whether and how a request is replayed that lost to a conflict with another
+            transaction; ``None``: only where its endpoint has ``session_options(retry=...)``.
+
         exclude: Paths that get no session: exact ones, prefixes (they end in ``*``), or a callable
             that is given the ASGI scope.
 
@@ -79,6 +85,7 @@ class DBSessionMiddleware:
         commit_policy: CommitPolicy = commit_unless_error,
         commit_error_response: CommitErrorResponse | None = None,
         stream: Stream = "release",
+        retry: Retry | None = None,
         exclude: Exclude | None = None,
     ) -> None:
         if not callable(app):
@@ -89,13 +96,18 @@ class DBSessionMiddleware:
             raise ConfigurationError(msg)
         self.app = app
         self.databases = _check_databases(engine, database, databases)
-        changes: dict[str, Any] = {"commit_policy": commit_policy, "stream": stream}
+        changes: dict[str, Any] = {
+            "commit_policy": commit_policy,
+            "stream": stream,
+            "retry": retry,
+        }
         if mode is not None:
             changes["mode"] = mode
         self._served = Served(
             {each: each.options.changed(changes) for each in self.databases},
             commit_error_response,
             self._warn_of_hider,
+            retry,
         )
         self._is_excluded = _check_exclude(exclude)
         self._has_warned = False
@@ -115,6 +127,12 @@ class DBSessionMiddleware:
             if not served.options:  # a second instance for the same databases
                 return await self.app(scope, receive, send)
         scope[KEY] = True
+        if served.retry is not None or endpoint_retries.max_body is not None:
+            try:
+                return await serve(self.app, served, scope, receive, send)
+            finally:
+                if served is self._served:
+                    scope.pop(KEY, None)
         gate = ResponseGate(served, get_innermost(), scope, receive, send)
         token = set_innermost(gate)
         try:

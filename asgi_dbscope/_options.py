@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_ar
 
 from asgi_dbscope._current import current_scope
 from asgi_dbscope._policy import CommitPolicy, Mode, Stream, commit_unless_error
+from asgi_dbscope._retry import Retry, check_retry, endpoint_retries
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ class ScopeOptions:
 
         checkout_timeout: Seconds that the wait for a connection may take.
 
+        retry: Whether and how a request is replayed that lost to a conflict.
+
         shapes_nothing: Whether a transaction begins just as the engine does it.
 
         is_timed: Whether it matters when a transaction began.
@@ -53,6 +56,7 @@ class ScopeOptions:
     read_only: bool = False
     timeout: float | None = None
     checkout_timeout: float | None = None
+    retry: Retry | None = None
     shapes_nothing: bool = field(init=False, compare=False, repr=False, default=True)
     is_timed: bool = field(init=False, compare=False, repr=False, default=False)
 
@@ -72,6 +76,7 @@ class ScopeOptions:
         check_choice("stream", self.stream, get_args(Stream))
         _check_policy(self.commit_policy)
         _check_isolation_level(self.isolation_level)
+        check_retry(self.retry)
         if not isinstance(self.read_only, bool):
             msg = f"read_only must be True or False, not {self.read_only!r}."
             raise ConfigurationError(msg)
@@ -166,6 +171,9 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
 
         stream: ``"release"``, ``"hold"`` or ``"error"``.
 
+        retry: Whether and how the request is replayed that lost to a conflict. Make such an object
+            before requests come, as a decorator does: bodies are kept from then on.
+
         database: The database's name, where several have a scope.
 
     Raises:
@@ -180,6 +188,7 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
         read_only: bool | None = None,
         commit_policy: CommitPolicy | None = None,
         stream: Stream | None = None,
+        retry: Retry | None = None,
         database: str | None = None,
     ) -> None:
         given: dict[str, Any] = {
@@ -188,10 +197,13 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
             "read_only": read_only,
             "commit_policy": commit_policy,
             "stream": stream,
+            "retry": retry,
         }
         self._changes = {name: value for name, value in given.items() if value is not None}
         self._database = database
         ScopeOptions(**self._changes)
+        if retry is not None:
+            endpoint_retries.expect(retry)
 
     async def apply(self) -> None:
         """Set the options on the current scope.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from asgi_dbscope import _dialects
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._current import is_of_another_task
@@ -27,6 +28,7 @@ from asgi_dbscope._lifecycle import (
 )
 from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
 from asgi_dbscope._policy import Cause, Ending, decide_ending
+from asgi_dbscope._retry import AUTOCOMMITTED, COMMITTED, IN_DOUBT
 from asgi_dbscope._task_use import TaskUse
 from asgi_dbscope._text import label_of
 from asgi_dbscope._thread_use import ThreadUse
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._gate import ResponseGate
+    from asgi_dbscope._retry import Attempt
     from asgi_dbscope._transaction_status import Transaction
     from asgi_dbscope._use import SessionUse
 
@@ -103,6 +106,8 @@ class SessionScope(Lifecycle, Generic[S]):
         shaped_by: The block that made it read-only, or gave it its isolation level, by joining.
 
         demands: The options that such a block has named.
+
+        current_attempt: What is known of the attempts, where work is done again after a conflict.
     """
 
     # What few scopes have costs the others nothing: a default of the class.
@@ -111,6 +116,7 @@ class SessionScope(Lifecycle, Generic[S]):
     agenda: Agenda | None = None
     begun_at: float | None = None
     boundaries: tuple[Boundary, ...] = ()
+    current_attempt: Attempt | None = None
     deadline: float | None = None
     demands: frozenset[str] = frozenset()
     holder: SessionScope[Any] | None = None
@@ -162,6 +168,11 @@ class SessionScope(Lifecycle, Generic[S]):
         self._session: S | None = None
         self.sync_session: Session | None = None
         self.use: SessionUse | None = None
+        holder = gate or outer
+        if holder is not None:
+            attempt = holder.current_attempt
+            if attempt is not None:
+                self.current_attempt = attempt
         if gate is not None:
             self.loop = gate.loop
         else:
@@ -237,6 +248,27 @@ class SessionScope(Lifecycle, Generic[S]):
         """What the innermost block with a transaction or savepoint of its own is called."""
         return self.boundaries[-1].label if self.boundaries else self._name
 
+    @property
+    def attempt(self) -> int:
+        """Which attempt this is at what a ``retry`` may do again; the first one is 1."""
+        return 1 if self.current_attempt is None else self.current_attempt.number
+
+    @property
+    def is_last_attempt(self) -> bool:
+        """Whether no other attempt can follow, whatever happens."""
+        return self.current_attempt is None or self.current_attempt.is_last
+
+    def fence(self, reason: str) -> None:
+        """Say that something was done that must not be done twice: no other attempt follows.
+
+        Call it before you do it. See :class:`.Retry`.
+
+        Args:
+            reason: What, for the log: ``"sent an e-mail"``.
+        """
+        if self.current_attempt is not None:
+            self.current_attempt.forbid(reason)
+
     def __repr__(self) -> str:
         return f"<SessionScope {self.state.name} {self.label}>"
 
@@ -304,6 +336,8 @@ class SessionScope(Lifecycle, Generic[S]):
         self.options = options
         if not self.boundaries:
             self.shape = options
+        if "retry" in changes and self.gate is not None and self.gate.current_attempt is not None:
+            self.gate.current_attempt.retry = options.retry
 
     @property
     def has_begun(self) -> bool:
@@ -344,6 +378,8 @@ class SessionScope(Lifecycle, Generic[S]):
         before = super().advance(event)
         if self.agenda is not None and event in OUTCOMES:
             self._end_agenda(self.agenda, OUTCOMES[event])
+        if self.current_attempt is not None:
+            self._fence_after(event, self.current_attempt)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before
@@ -431,6 +467,22 @@ class SessionScope(Lifecycle, Generic[S]):
         """A block that has no transaction of its own failed: what it joined can't be committed."""
         if not self.is_over:
             self._agenda().add_failure(error, self.savepoint)
+
+    def note_error(self, error: BaseException) -> None:
+        """The database reports *error*: maybe the open transaction has lost to another one."""
+        if self.current_attempt is None or self.is_over:
+            return
+        if _dialects.find_conflict(error) is not None:
+            self._agenda().add_conflict(error, self.savepoint)
+
+    def _fence_after(self, event: Event, attempt: Attempt) -> None:
+        """What is durable must not be done twice."""
+        if event is Event.COMMITTED:
+            attempt.forbid(COMMITTED)
+        elif event is Event.ANSWER_LOST:
+            attempt.forbid(IN_DOUBT)
+        elif event is Event.ROLLED_BACK and self.shape.mode == "autocommit":
+            attempt.forbid(AUTOCOMMITTED)
 
     def _agenda(self) -> Agenda:
         if self.agenda is None:

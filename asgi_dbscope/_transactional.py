@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from asgi_dbscope import _current, _dialects
-from asgi_dbscope._blocks import OwnScope, check_with, decorate
+from asgi_dbscope._blocks import OwnScope, check_with
 from asgi_dbscope._boundary import (
     Boundary,
     begin_block,
@@ -30,6 +30,7 @@ from asgi_dbscope._boundary import (
 )
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._current import find_scope
+from asgi_dbscope._decorate import decorate, refuse_retry
 from asgi_dbscope._lifecycle import State
 from asgi_dbscope._options import ScopeOptions, check_seconds
 from asgi_dbscope._policy import Cause, Ending
@@ -42,6 +43,7 @@ from asgi_dbscope._propagation import (
     Situation,
     check_propagation,
 )
+from asgi_dbscope._retry import Retry, check_retry
 from asgi_dbscope._text import one_line
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
@@ -231,6 +233,7 @@ class TransactionalBlock(Generic[S]):
         "label",
         "live",
         "propagation",
+        "retry",
         "rules",
         "timeout",
     )
@@ -244,6 +247,7 @@ class TransactionalBlock(Generic[S]):
         isolation_level: str | None = None,
         read_only: bool | None = None,
         timeout: float | None = None,
+        retry: Retry | None = None,
         rollback_for: type[Exception] | Iterable[type[Exception]] = (),
         no_rollback_for: type[Exception] | Iterable[type[Exception]] = (),
         label: str | None = None,
@@ -258,6 +262,7 @@ class TransactionalBlock(Generic[S]):
         given: dict[str, Any] = {"isolation_level": isolation_level, "read_only": read_only}
         self._changes = {key: value for key, value in given.items() if value is not None}
         self.demands_something = bool(self._changes) or self.timeout is not None
+        self.retry = retry
         ScopeOptions(**self._changes)
         if self._changes and database is not None:
             database.check_shape(isolation_level, read_only)
@@ -267,6 +272,7 @@ class TransactionalBlock(Generic[S]):
                 f"{' and '.join(self._changes)} could apply to; leave them out."
             )
             raise ConfigurationError(msg)
+        self._check_retry()
         self._database = database
         self._name = name
         self.label = one_line(label) if label else self._default_label
@@ -279,14 +285,32 @@ class TransactionalBlock(Generic[S]):
     def _default_label(self) -> str:
         return f"transactional({self.propagation.value})"
 
+    def _check_retry(self) -> None:
+        check_retry(self.retry)
+        if self.retry is not None and Entry.NEW_SCOPE not in self.entries.values():
+            msg = (
+                f"propagation={self.propagation.value!r} never has a transaction of its own, and "
+                "only that could be done again; leave retry out, or give it to whoever begins."
+            )
+            raise ConfigurationError(msg)
+
     def __call__(self, function: F) -> F:
         """Decorate a function: each call runs in an entry of its own."""
         block = copy(self)
         block.live = set()
+        block.retry = None  # the function's, not the entries'
         if self.label == self._default_label:
             named = getattr(function, "__func__", function)
             block.label = f"{getattr(named, '__qualname__', named)}()"
-        return decorate(function, self._database, "db.transactional()", lambda: block)
+        return decorate(function, self._database, "db.transactional()", lambda: block, self.retry)
+
+    def owned_scope(self) -> SessionScope[Any] | None:
+        """The scope whose transaction its innermost entry here ends; ``None`` if it joined."""
+        entered = _current.innermost_block.get()
+        if not isinstance(entered, _Owning):
+            return None
+        is_savepoint = entered.boundary is not None and entered.boundary.savepoint is not None
+        return None if is_savepoint else entered.scope
 
     # ---------------------------------------------------------------- what an entry asks
 
@@ -497,6 +521,8 @@ class TransactionalBlock(Generic[S]):
     # ---------------------------------------------------------------- entries
 
     def _enter(self, is_async: bool) -> _Entered:
+        if self.retry is not None:
+            refuse_retry("db.transactional(retry=...)")
         database = self._database or self.find_database()
         if database.is_sync is is_async:
             check_with(database, is_async=is_async, call=f"{self.label}:")

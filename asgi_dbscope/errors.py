@@ -110,6 +110,15 @@ class CommitInDoubtError(DBScopeError):
         self.transaction_id = transaction_id
 
 
+class ReplayedError(DBScopeError):
+    """This attempt at the request lost to a conflict, and the request is served once more.
+
+    Raised out of ``send``, to end an attempt whose response must not go out; the conflict is its
+    ``__cause__``. Nobody has to handle it: it never gets out of the middleware. What runs in an app
+    on any error (a ``finally``, a catch-all exception handler that alerts somebody) sees it.
+    """
+
+
 class ConcurrentSessionUseError(DBScopeError):
     """Two tasks or threads used one session at the same time."""
 
