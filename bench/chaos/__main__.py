@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--python", default=sys.executable, help="the interpreter of the contestant's environment"
     )
+    parser.add_argument("--driver", default="asyncpg", choices=["asyncpg", "psycopg"])
     parser.add_argument("--json", type=Path, help="where the results are written")
     parser.add_argument("--logs", type=Path, help="where the app's logs are kept")
     options = parser.parse_args()
@@ -69,6 +70,7 @@ def _run(options: argparse.Namespace, logs: Path) -> Results:
         run = Run(
             options.contestant,
             python=options.python,
+            driver=options.driver,
             seed=options.seed,
             is_over=lambda results: results.seconds >= seconds,
             logs=logs,

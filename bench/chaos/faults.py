@@ -55,15 +55,20 @@ class Faults:
 
         chance: What it decides by.
 
+        swallows: Whether messages get lost on connections that stay open.
+
     Attributes:
         counts: What has happened, how often.
     """
 
-    def __init__(self, proxy: Proxy, server: WheelServer, chance: random.Random) -> None:
+    def __init__(
+        self, proxy: Proxy, server: WheelServer, chance: random.Random, *, swallows: bool
+    ) -> None:
         self.counts: Counter[str] = Counter()
         self._proxy = proxy
         self._server = server
         self._chance = chance
+        self._swallowing = 1 if swallows else 0
         self._armed: list[tuple[str, Fault]] = []
         self._admin: Connection | None = None
 
@@ -111,7 +116,7 @@ class Faults:
 
     async def _strike_commit(self) -> None:
         actions: list[Action] = ["cut", "swallow", "delay"]
-        [action] = self._chance.choices(actions, [6, 1, 2])
+        [action] = self._chance.choices(actions, [6, self._swallowing, 2])
         place, name = self._chance.choice([(before_commit, "before"), (after_commit, "after")])
         seconds = min(self._chance.expovariate(1.5), LONGEST_DELAY)
         fault = self._proxy.arm(action, place, seconds=seconds)
@@ -119,7 +124,7 @@ class Faults:
 
     async def _strike_message(self) -> None:
         actions: list[Action] = ["cut", "swallow"]
-        [action] = self._chance.choices(actions, [6, 1])
+        [action] = self._chance.choices(actions, [6, self._swallowing])
         place = self._chance.choice([any_query, any_answer])
         fault = self._proxy.arm(action, place, nth=self._chance.randint(1, DEEPEST))
         self._armed.append((f"{_PAST[action]} at a message", fault))

@@ -34,7 +34,7 @@ def row(results: Results) -> list[str]:
         left["tasks"] + log["tasks destroyed"],
     )
     return [
-        results.contestant,
+        f"{results.contestant}, {results.driver}",
         f"{findings.requests:,}",
         f"{results.faulty:,}",
         f"{findings.missing.total():,}",

@@ -49,6 +49,9 @@ TELLTALES = {
 }
 """What the app's log is read for."""
 
+PATIENT = frozenset({"asyncpg"})
+"""Drivers that can be told how long to wait for an answer; the others would wait for ever."""
+
 TRIED = 100
 """Requests that must succeed after each storm."""
 
@@ -84,6 +87,8 @@ class Results:
     Attributes:
         contestant: Who.
 
+        driver: What the app reached PostgreSQL with.
+
         seconds: How long.
 
         rounds: How many servers were started and ended.
@@ -100,6 +105,7 @@ class Results:
     """
 
     contestant: str
+    driver: str = "asyncpg"
     seconds: float = 0.0
     rounds: int = 0
     faults: Counter[str] = field(default_factory=Counter)
@@ -128,6 +134,8 @@ class Run:
 
         python: The interpreter of its environment.
 
+        driver: What the app reaches PostgreSQL with.
+
         seed: Of all chance.
 
         is_over: Asked after each round.
@@ -142,12 +150,13 @@ class Run:
         contestant: str,
         *,
         python: str = sys.executable,
+        driver: str = "asyncpg",
         seed: int = 0,
         is_over: Callable[[Results], bool],
         logs: Path,
         tell: Callable[[Results, str], object],
     ) -> None:
-        self.results = Results(contestant)
+        self.results = Results(contestant, driver)
         self._python = python
         self._chance = random.Random(seed)
         self._ids = itertools.count(1)
@@ -174,10 +183,10 @@ class Run:
 
     async def _run_round(self, each: Round, server: WheelServer, proxy: Proxy) -> None:
         log = self._logs / f"{self.results.contestant}-{self.results.rounds}.log"
-        url = proxy.url.set(drivername="postgresql+asyncpg")
+        url = proxy.url.set(drivername=f"postgresql+{self.results.driver}")
         async with App(self._python, self.results.contestant, url, each.pool_size, log) as app:
             visitors = Visitors(app.port, self._chance, self._ids)
-            faults = Faults(proxy, server, self._chance)
+            faults = Faults(proxy, server, self._chance, swallows=self.results.driver in PATIENT)
             await app.state()  # with nothing under way: what is there now is the server's own
             self._tell(self.results, f"storm: {each.clients} clients, a pool of {each.pool_size}")
             async with _clients(visitors, each.clients):

@@ -23,12 +23,22 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[2]))
 
 import uvicorn
+from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from bench.chaos.app import APPLICATION_NAME, GRACE, STATE, Contestant, add_endpoints
 
 COMMAND_TIMEOUT = 1.5
 """Seconds until the driver gives up waiting for an answer."""
+
+CONNECT_ARGS: dict[str, dict[str, Any]] = {
+    "asyncpg": {
+        "timeout": 3,
+        "command_timeout": COMMAND_TIMEOUT,
+        "server_settings": {"application_name": APPLICATION_NAME},
+    },
+    "psycopg": {"connect_timeout": 3, "application_name": APPLICATION_NAME},
+}
 
 
 class OneLine(logging.Formatter):
@@ -86,11 +96,7 @@ def main() -> None:
         max_overflow=0,
         pool_timeout=2,
         pool_pre_ping=True,
-        connect_args={
-            "timeout": 3,
-            "command_timeout": COMMAND_TIMEOUT,
-            "server_settings": {"application_name": APPLICATION_NAME},
-        },
+        connect_args=CONNECT_ARGS[make_url(url).get_driver_name()],
     )
     contestant = importlib.import_module(f"bench.chaos.contestants.{name}").make(engine)
     add_endpoints(contestant)

@@ -123,6 +123,4 @@ def test_page_explains_every_fault():
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
     meanings = {**{name: kind.means for name, kind in KINDS.items()}, **MEANINGS}
 
-    assert [] == [
-        name for name, means in meanings.items() if f"| *{name}* | {means} |" not in page
-    ]
+    assert [] == [name for name, means in meanings.items() if f"| *{name}* | {means} |" not in page]

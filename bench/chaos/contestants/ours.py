@@ -1,5 +1,7 @@
 """`DBSessionMiddleware`, with an answer for a COMMIT that got none."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI
@@ -10,9 +12,13 @@ from asgi_dbscope import CommitInDoubtError, Database, DBSessionMiddleware
 from bench.chaos.app import IN_DOUBT, OUTCOME, Contestant, disposing
 
 
-def make(engine: AsyncEngine, **options: Any) -> Contestant:
-    """The app; *options* are the database's."""
-    db = Database(engine, cleanup_timeout=2.0, **options)
+def make(
+    engine: AsyncEngine,
+    database_options: Mapping[str, Any] = MappingProxyType({}),
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Contestant:
+    """The app; *options* are the middleware's."""
+    db = Database(engine, cleanup_timeout=2.0, **database_options)
 
     def answer(scope: Any, error: BaseException) -> JSONResponse | None:  # noqa: ARG001
         if not isinstance(error, CommitInDoubtError):
@@ -20,5 +26,5 @@ def make(engine: AsyncEngine, **options: Any) -> Contestant:
         return JSONResponse({"detail": "ask before you repeat it"}, 503, {OUTCOME: IN_DOUBT})
 
     app = FastAPI(lifespan=disposing(engine))
-    app.add_middleware(DBSessionMiddleware, database=db, commit_error_response=answer)
+    app.add_middleware(DBSessionMiddleware, database=db, commit_error_response=answer, **options)
     return Contestant(app, engine, db.get_session)

@@ -8,4 +8,4 @@ from bench.chaos.contestants import ours
 
 def make(engine: AsyncEngine) -> Contestant:
     """The app."""
-    return ours.make(engine, resolve_in_doubt=True)
+    return ours.make(engine, {"resolve_in_doubt": True})
