@@ -363,17 +363,6 @@ def is_in_transaction(dbapi_connection: Any) -> bool:
     return False
 
 
-def cut_off(connection: Connection, error: BaseException) -> None:
-    """End a connection whose answer was waited for too long, before SQLAlchemy closes it.
-
-    asyncpg's ``command_timeout`` asks the server to cancel the command. Where no answer comes to
-    that either, the network is dead, closing takes two seconds; asyncpg before 0.32 waits for ever.
-    """
-    if connection.dialect.driver == "asyncpg" and isinstance(error, TimeoutError):
-        driver: Any = connection.connection.driver_connection
-        driver.terminate()
-
-
 def outlives_cancellation(connection: Connection, error: BaseException) -> bool:
     """Whether the connection is still good after a query on it was cancelled.
 

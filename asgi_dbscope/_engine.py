@@ -225,8 +225,6 @@ def _on_error(context: ExceptionContext) -> None:
         return
     scope = scopes[-1]
     error = context.original_exception
-    if context.is_disconnect:
-        _dialects.cut_off(connection, error)
     scope.note_error(context.sqlalchemy_exception or error)
     if scope.state is State.COMMITTING and _dialects.is_unanswered(context):
         if not context.is_disconnect:  # the driver doesn't know that its connection is of no use
