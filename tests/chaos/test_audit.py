@@ -15,7 +15,7 @@ from bench.chaos.faults import MEANINGS
 from bench.chaos.requests import KINDS, Asked
 from bench.chaos.runner import ROUNDS, Results, Run
 
-CONTESTANTS = {"ours": 2_000, "ours_resolving": 1_000}
+CONTESTANTS = {"ours": 2_000, "ours_all": 1_000}
 """Who runs, until there were how many faults and faulty requests."""
 
 SEED = 4
