@@ -7,8 +7,15 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope
-from asgi_dbscope._dialects import mysql_error
+from asgi_dbscope import (
+    Database,
+    DBSessionMiddleware,
+    Outcome,
+    Retry,
+    current_scope,
+    session_options,
+)
+from asgi_dbscope._dialects import find_conflict, mysql_error
 from asgi_dbscope.errors import TransactionAbortedError
 from tests.fix_asgi import body, start
 from tests.fix_database import Item
@@ -28,7 +35,7 @@ async def prepare(engine: AsyncEngine) -> None:
         await connection.execute(sa.insert(Item), [{"id": 1}, {"id": 2}])
 
 
-async def lose_a_deadlock(session: Any, engine: AsyncEngine) -> BaseException:
+async def lose_a_deadlock(session: Any, engine: AsyncEngine) -> sa.exc.OperationalError:
     """Wait for somebody who waits for us and has done more; return what we got for it."""
     async with engine.connect() as other:
         await other.execute(sa.insert(Item), [{"id": number} for number in range(100, 120)])
@@ -42,7 +49,7 @@ async def lose_a_deadlock(session: Any, engine: AsyncEngine) -> BaseException:
     return caught.value
 
 
-async def time_out(session: Any, engine: AsyncEngine) -> BaseException:
+async def time_out(session: Any, engine: AsyncEngine) -> sa.exc.OperationalError:
     """Wait for a lock that is not given."""
     async with engine.connect() as other:
         await other.execute(write(1))
@@ -203,3 +210,91 @@ async def test_error_of_one_statement_leaves_the_rest(db, drive, rows):
 
     assert 201 == exchange.status
     assert [1] == await rows()
+
+
+# --------------------------------------------------------------------------------------
+# Done again
+# --------------------------------------------------------------------------------------
+
+
+@ON_MARIADB
+async def test_request_that_lost_a_deadlock_is_run_again(db, drive, engine, rows):
+    """G16: the loser's second attempt commits, and nothing of its first is there."""
+    await prepare(engine)
+    attempts = []
+
+    async def app(scope, receive, send):
+        attempts.append(current_scope().attempt)
+        db.session.add(Item(id=10 + current_scope().attempt))
+        await db.session.flush()
+        if current_scope().attempt == 1:
+            raise await lose_a_deadlock(db.session, engine)
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, retry=Retry(base=0)))
+
+    assert 201 == exchange.status
+    assert [1, 2] == attempts
+    assert [1, 2, 12] == await rows()
+
+
+@ON_MARIADB
+async def test_swallowed_deadlock_is_found_at_the_head_and_run_again(db, drive, engine, rows):
+    """G16, G21: a success that would have been half of it is done again as a whole."""
+    await prepare(engine)
+
+    async def app(scope, receive, send):
+        attempt = current_scope().attempt
+        db.session.add(Item(id=10 + attempt))
+        await db.session.flush()
+        if attempt == 1:
+            await lose_a_deadlock(db.session, engine)
+        db.session.add(Item(id=20 + attempt))
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, retry=Retry(base=0)))
+
+    assert 201 == exchange.status
+    assert [1, 2, 12, 22] == await rows()
+
+
+@ON_MARIADB
+@pytest.mark.parametrize(("lose", "number"), [(lose_a_deadlock, 1213), (time_out, 1205)])
+async def test_conflict_is_told_by_its_number(db, engine, lose, number):
+    """G16: a deadlock and a lock that doesn't come in time are conflicts, a duplicate key isn't."""
+    await prepare(engine)
+    async with db.session_scope() as session:
+        error = await lose(session, engine)
+        assert number == mysql_error(error.orig)
+        assert find_conflict(error) in {str(number), "40001"}  # newer drivers tell the SQLSTATE
+        await session.rollback()
+        with pytest.raises(sa.exc.IntegrityError) as caught:
+            await session.execute(sa.insert(Item).values(id=1))
+        assert None is find_conflict(caught.value)
+
+
+@ON_MARIADB
+async def test_counter_of_many_clients_is_the_number_of_its_successes(engine, drive):
+    """G16: forty requests, eight at a time, read and write one row; none is lost, none twice."""
+    db = Database(engine)
+    async with db.session_scope() as session:
+        session.add(Item(id=1, note="0"))
+    limit = asyncio.Semaphore(8)
+
+    @session_options(isolation_level="SERIALIZABLE")
+    async def app(scope, receive, send):
+        item = await db.session.get_one(Item, 1)
+        item.note = str(int(item.note or 0) + 1)
+        await respond(send)
+
+    async def request():
+        async with limit:
+            retry = Retry(attempts=50, base=0.002, cap=0.02)
+            return await drive(DBSessionMiddleware(app, database=db, retry=retry))
+
+    exchanges = await asyncio.gather(*(request() for _ in range(40)))
+    async with db.session_scope() as session:
+        counted = (await session.get_one(Item, 1)).note
+
+    assert {201, 503} >= {each.status for each in exchanges}
+    assert str(sum(each.status == 201 for each in exchanges)) == counted
