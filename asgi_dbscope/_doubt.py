@@ -114,9 +114,7 @@ def _find_status(
 
 def _ask_until_known(scope: SessionScope[Any], use: SessionUse) -> TransactionStatus | None:
     deadline = monotonic() + scope.database.cleanup_timeout
-    (connection,) = use.connections
-    if not connection.invalidated:
-        connection.invalidate()  # its place in the pool is free, also where that has only one
+    (connection,) = use.connections  # invalidated by now: its place in the pool is free
     assert scope.transaction is not None
     ask = partial(_ask, connection.engine, scope.transaction)
     pause = FIRST_PAUSE

@@ -131,6 +131,20 @@ async def test_server_that_comes_back_is_asked_then(make_db, proxy, drive, rows,
     assert [1] == await rows()
 
 
+async def test_question_that_gets_lost_is_asked_again(make_db, proxy, drive, rows):
+    """G15: a connection that breaks while the server is asked is one more that is lost."""
+    scopes: list[Any] = []
+
+    def lose():
+        proxy.arm("cut", after_commit)
+        proxy.arm("cut", lambda message: b"pg_xact_status" in message.data)
+
+    exchange = await drive(app_of(make_db(), scopes, lose))
+
+    assert (201, b"ok") == (exchange.status, exchange.body)
+    assert [1] == await rows()
+
+
 async def test_deadline_leaves_it_in_doubt(make_db, proxy, rows, caplog):
     """G15: after `cleanup_timeout` nobody is asked any more; error and log have the number."""
     told: list[Any] = []
