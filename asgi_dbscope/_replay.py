@@ -11,6 +11,7 @@ import asyncio
 import logging
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from sys import exception as handled_exception
 from typing import TYPE_CHECKING, Any, cast
@@ -31,7 +32,7 @@ from asgi_dbscope._retry import (
 from asgi_dbscope.errors import ReplayedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
+    from collections.abc import Awaitable, Callable
 
     from asgi_dbscope._asgi import AnyASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._current import ScopeHolder
@@ -53,7 +54,8 @@ async def serve(app: AnyASGIApp, served: Served, scope: Scope, receive: Receive,
     snapshot, current = _copied(scope), scope
     try:
         while True:
-            gate = AttemptGate(served, outer, current, recording, send, attempt)
+            hand_back = partial(_hand_back, scope, current)
+            gate = AttemptGate(served, outer, current, recording, send, attempt, hand_back)
             result = await _serve_once(app, gate, current)
             if gate.delay is None:
                 return result
@@ -64,8 +66,19 @@ async def serve(app: AnyASGIApp, served: Served, scope: Scope, receive: Receive,
                 raise lost.error
             attempt, current = attempt.following(), _copied(snapshot)
     finally:
-        if current is not scope:  # for those around us who look at what the app put there
-            scope.update(current)
+        _hand_back(scope, current)
+
+
+def _hand_back(scope: Scope, current: Scope) -> None:
+    """Let *scope* be as the attempt has it whose own is *current*.
+
+    For those around us who look at what the app put there: when the head goes out (a session's
+    cookie is made then), or when the app has returned.
+    """
+    if current is not scope:
+        for name in scope.keys() - current.keys():
+            del scope[name]
+        scope.update(current)
 
 
 async def _serve_once(app: AnyASGIApp, gate: AttemptGate, scope: Scope) -> Any:
@@ -108,9 +121,11 @@ class Recording:
         size: How many bytes of it that was.
 
         has_left: Whether the client has left.
+
+        is_complete: Whether the end of the body has come.
     """
 
-    __slots__ = ("_limit", "_receive", "has_left", "is_over", "messages", "size")
+    __slots__ = ("_limit", "_receive", "has_left", "is_complete", "is_over", "messages", "size")
 
     def __init__(self, receive: Receive, limit: int) -> None:
         self._receive = receive
@@ -118,6 +133,7 @@ class Recording:
         self.messages: list[Message] = []
         self.size = 0
         self.has_left = False
+        self.is_complete = False
         self.is_over = False
         """Whether nothing is kept any more."""
 
@@ -128,10 +144,17 @@ class Recording:
         if kind == "http.disconnect":
             self.has_left = True
         elif kind == "http.request" and not self.is_over:
-            content = bytes(message.get("body", b""))
-            self.size += len(content)
-            self.messages.append({**message, "body": content})
+            self._keep(message)
         return message
+
+    def _keep(self, message: Message) -> None:
+        kept = dict(message)
+        content = kept.get("body")
+        if isinstance(content, (bytes, bytearray, memoryview)):  # else the app is to object to it
+            kept["body"] = content = bytes(content)  # who sent it may use its memory again
+            self.size += len(content)
+        self.messages.append(kept)
+        self.is_complete = not kept.get("more_body", False)
 
     def stop_if_full(self) -> None:
         """Keep nothing any more of a body that is too long."""
@@ -153,7 +176,11 @@ class Recording:
                 while self.size <= self._limit:
                     if self.has_left:
                         return False
+                    is_over = self.is_complete
                     await self.fetch()
+                    if is_over and not self.has_left:
+                        break  # it says nothing new, and may do so for ever
+                    await asyncio.sleep(0)  # nor does one that never waits hold up the clock
                 await asyncio.sleep(delay)
         except TimeoutError:
             pass
@@ -186,7 +213,15 @@ class AttemptGate(ResponseGate):
         delay: Seconds until the next attempt; ``None`` if there is none.
     """
 
-    __slots__ = ("_attempt", "_position", "_recording", "_server_send", "delay", "lost")
+    __slots__ = (
+        "_attempt",
+        "_hand_back",
+        "_position",
+        "_recording",
+        "_server_send",
+        "delay",
+        "lost",
+    )
 
     def __init__(  # noqa: PLR0917 - as its base
         self,
@@ -196,8 +231,10 @@ class AttemptGate(ResponseGate):
         recording: Recording,
         send: Send,
         attempt: Attempt,
+        hand_back: Callable[[], None],
     ) -> None:
         super().__init__(served, outer, asgi_scope, self._read, self._send_first)
+        self._hand_back = hand_back
         self._recording = recording
         self._position = 0
         self._server_send = send
@@ -236,6 +273,7 @@ class AttemptGate(ResponseGate):
             self._attempt.forbid(SENT)
             self._recording.stop()
             self._raw_send = self._server_send
+            self._hand_back()
         await self._server_send(message)
 
     # ---------------------------------------------------------------- conflicts

@@ -30,7 +30,7 @@ from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
 from asgi_dbscope._policy import Cause, Ending, decide_ending
 from asgi_dbscope._retry import AUTOCOMMITTED, COMMITTED, IN_DOUBT
 from asgi_dbscope._task_use import TaskUse
-from asgi_dbscope._text import label_of
+from asgi_dbscope._text import label_of, one_line
 from asgi_dbscope._thread_use import ThreadUse
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
@@ -267,7 +267,7 @@ class SessionScope(Lifecycle, Generic[S]):
             reason: What, for the log: ``"sent an e-mail"``.
         """
         if self.current_attempt is not None:
-            self.current_attempt.forbid(reason)
+            self.current_attempt.forbid(one_line(reason))
 
     def __repr__(self) -> str:
         return f"<SessionScope {self.state.name} {self.label}>"

@@ -481,6 +481,77 @@ async def test_each_attempt_has_a_session_and_a_scope_of_its_own(db, drive):
     assert "asgi_dbscope" not in scope
 
 
+async def test_middleware_around_ours_sees_the_attempt_that_won(db, drive):
+    """G16, G18: a cookie that is made when the head goes out holds what that attempt wrote."""
+    seen = []
+
+    async def app(scope, receive, send):
+        scope["session"]["attempt"] = current_scope().attempt
+        if current_scope().attempt == 1:
+            scope["session"]["is_lost"] = scope["lost"] = True
+        db.session.add(Item(id=1))
+        await respond(send)
+
+    inner = DBSessionMiddleware(app, database=db, retry=AT_ONCE)
+
+    async def outer(scope, receive, send):
+        async def look(message):
+            seen.append((dict(scope["session"]), "lost" in scope))
+            await send(message)
+
+        await inner(scope, receive, look)
+
+    with inject_conflicts(db, times=1):
+        await drive(outer, http_scope(session={}))
+
+    assert [({"attempt": 2}, False)] * 2 == seen
+
+
+@pytest.mark.parametrize("more_body", [False, True])
+async def test_server_that_always_has_a_message_is_no_endless_wait(db, drive, more_body):
+    """G16: a `receive` that never waits, as tests have it, doesn't keep the next attempt away."""
+    sent = []
+    calls = 0
+
+    async def receive():
+        nonlocal calls
+        calls += 1
+        assert 100_000 > calls
+        return {"type": "http.request", "body": b"", "more_body": more_body}
+
+    async def send(message):
+        sent.append(message)
+
+    async def app(scope, receive, send):
+        await receive()
+        db.session.add(Item(id=1))
+        await respond(send)
+
+    retry = Retry(base=0.01)
+    with inject_conflicts(db, times=1):
+        await DBSessionMiddleware(app, database=db, retry=retry)(http_scope(), receive, send)
+
+    assert [200, None] == [each.get("status") for each in sent]
+
+
+async def test_body_that_is_none_is_the_apps_to_object_to(db, drive):
+    """G16, G18: what a server shouldn't send reaches each attempt as it is."""
+    received = []
+
+    async def app(scope, receive, send):
+        received.append(await receive())
+        db.session.add(Item(id=1))
+        await respond(send)
+
+    message = {"type": "http.request", "body": "text"}
+    with inject_conflicts(db, times=1):
+        wrapped = DBSessionMiddleware(app, database=db, retry=AT_ONCE)
+        exchange = await drive(wrapped, received=[message])
+
+    assert 200 == exchange.status
+    assert [message] * 2 == received
+
+
 async def test_body_is_given_to_each_attempt(db, drive, rows):
     """G16: a body that came in pieces is read anew, whether it was read as a whole or not."""
     bodies = []
