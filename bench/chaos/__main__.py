@@ -20,8 +20,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 # The installed package is what is tried; the checkout serves where none is installed.
 sys.path.append(str(Path(__file__).parents[2]))
 
+from typing import TYPE_CHECKING
+
 from bench.chaos.report import as_json, row, table, violations
-from bench.chaos.runner import Results, Run
+from bench.chaos.runner import Run
+
+if TYPE_CHECKING:
+    from bench.chaos.results import Results
 
 
 def main() -> int:

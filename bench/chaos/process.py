@@ -24,7 +24,13 @@ CALM = 15.0
 
 
 class App:
-    """The server process of one round."""
+    """The server process of one round.
+
+    Attributes:
+        port: Where it listens.
+
+        versions: Of what it runs on, once it was asked for its state.
+    """
 
     def __init__(
         self, python: str, contestant: str, url: sa.URL, pool_size: int, log: Path
@@ -33,6 +39,7 @@ class App:
         self._command += [url.render_as_string(hide_password=False), str(pool_size)]
         self._log = log
         self.port = 0
+        self.versions: dict[str, str] = {}
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
@@ -57,6 +64,7 @@ class App:
         if not answer.is_complete:
             raise RuntimeError(f"the app doesn't answer: see {self._log}")
         found: dict[str, Any] = json.loads(answer.body)
+        self.versions = found.pop("versions")
         return found
 
     async def end(self) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from bench.chaos.runner import Results
+    from bench.chaos.results import Results
 
 COLUMNS = (
     "",
@@ -70,7 +69,6 @@ def violations(results: Results) -> list[str]:
 
 def as_json(results: Results, seed: int) -> dict[str, Any]:
     """Everything, with where it was measured."""
-    names = ("sqlalchemy", "asyncpg", "uvicorn", "fastapi", "starlette")
     return {
         **vars(results),
         "findings": vars(results.findings),
@@ -78,5 +76,4 @@ def as_json(results: Results, seed: int) -> dict[str, Any]:
         "violations": violations(results),
         "seed": seed,
         "machine": {"python": platform.python_version(), "system": platform.platform()},
-        "versions": {name: importlib.metadata.version(name) for name in names},
     }

@@ -8,19 +8,19 @@ import itertools
 import random
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from bench.chaos import ledger
 from bench.chaos.app import APPLICATION_NAME
-from bench.chaos.audit import Findings, audit
+from bench.chaos.audit import audit
 from bench.chaos.client import Client
 from bench.chaos.faults import Faults, connect
 from bench.chaos.process import CALM, App
-from bench.chaos.requests import KINDS, Visitors
+from bench.chaos.requests import Visitors
+from bench.chaos.results import Results
 from tests.fix_postgres import WheelServer
 from tests.fix_proxy import Proxy
 
@@ -78,52 +78,6 @@ class Round:
 
 ROUNDS = (Round(10, 24, 0.1, 10.0), Round(2, 200, 0.3, 8.0))
 """They take turns."""
-
-
-@dataclass
-class Results:
-    """What a run came to.
-
-    Attributes:
-        contestant: Who.
-
-        driver: What the app reached PostgreSQL with.
-
-        seconds: How long.
-
-        rounds: How many servers were started and ended.
-
-        faults: What happened to the network and the database.
-
-        kinds: The clients' requests.
-
-        log: What the app's log was read for, how often.
-
-        left: What was left over when the app had come to rest.
-
-        next_failed: Of the requests after each storm, those that didn't succeed.
-    """
-
-    contestant: str
-    driver: str = "asyncpg"
-    seconds: float = 0.0
-    rounds: int = 0
-    faults: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    findings: Findings = field(default_factory=Findings)
-    wrong_sums: int = 0
-    log: Counter[str] = field(default_factory=Counter)
-    left: Counter[str] = field(default_factory=Counter)
-    next_tried: int = 0
-    next_failed: int = 0
-    named: list[Any] = field(default_factory=list)
-
-    @property
-    def faulty(self) -> int:
-        """How many faults and faulty requests there were."""
-        return self.faults.total() + sum(
-            count for kind, count in self.kinds.items() if KINDS[kind].is_faulty
-        )
 
 
 class Run:
@@ -188,6 +142,7 @@ class Run:
             visitors = Visitors(app.port, self._chance, self._ids)
             faults = Faults(proxy, server, self._chance, swallows=self.results.driver in PATIENT)
             await app.state()  # with nothing under way: what is there now is the server's own
+            self.results.versions = app.versions
             self._tell(self.results, f"storm: {each.clients} clients, a pool of {each.pool_size}")
             async with _clients(visitors, each.clients):
                 await faults.rage(each.storm, pause=each.pause, has_restart=True)

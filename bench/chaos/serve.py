@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import importlib.metadata
 import json
 import logging
 import socket
@@ -30,6 +31,9 @@ from bench.chaos.app import APPLICATION_NAME, GRACE, STATE, Contestant, add_endp
 
 COMMAND_TIMEOUT = 1.5
 """Seconds until the driver gives up waiting for an answer."""
+
+DISTRIBUTIONS = ("sqlalchemy", "asyncpg", "fastapi", "starlette", "uvicorn")
+"""Whose versions the results name."""
 
 CONNECT_ARGS: dict[str, dict[str, Any]] = {
     "asyncpg": {
@@ -76,6 +80,7 @@ class Observed:
             "requests": self._under_way - 1,
             "checked out": self._pool.checkedout(),
             "tasks": [repr(task) for task in tasks - self._known],
+            "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
         }
         body = json.dumps(state).encode()
         headers = [(b"content-length", str(len(body)).encode())]

@@ -13,7 +13,8 @@ from bench.chaos.audit import Findings, judge
 from bench.chaos.client import Answer
 from bench.chaos.faults import MEANINGS
 from bench.chaos.requests import KINDS, Asked
-from bench.chaos.runner import ROUNDS, Results, Run
+from bench.chaos.results import Results
+from bench.chaos.runner import ROUNDS, Run
 
 CONTESTANTS = {"ours": 2_000, "ours_all": 1_000}
 """Who runs, until there were how many faults and faulty requests."""
