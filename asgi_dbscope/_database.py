@@ -202,6 +202,7 @@ class Database(Generic[S]):
         self.second_connections = SecondConnections(bind)
         self.places = _branches.Places()
         self._watched_dialects: set[Dialect] = set()
+        self._transactional_engine: Engine | None = None
         self._session_proxy: Any = None
         self._limiters: WeakKeyDictionary[
             asyncio.AbstractEventLoop, dict[ThreadWork, anyio.CapacityLimiter]
@@ -536,6 +537,16 @@ class Database(Generic[S]):
             watch_engine(connection.engine)
             self._watched_dialects.add(connection.dialect)
         watch(connection, scope)
+
+    def check_transactional(self, engine: Engine) -> None:
+        """Refuse an *engine* without transactions; each is asked once.
+
+        Raises:
+            ConfigurationError: If it is AUTOCOMMIT by itself.
+        """
+        if engine is not self._transactional_engine:
+            _dialects.check_transactional(engine)
+            self._transactional_engine = engine
 
     def shaped_engine(self, engine: Engine, execution_options: dict[str, Any]) -> Engine:
         """The variant of *engine* with *execution_options*, made once."""

@@ -12,7 +12,7 @@ from asgi_dbscope._text import ascii_line, told
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Dialect, Engine
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolResetState
@@ -191,6 +191,11 @@ def label_transaction(connection: Connection, label: str) -> None:
     """Name the open transaction in ``pg_stat_activity`` and in the server's log."""
     # PostgreSQL keeps 63 bytes, and ASCII only.
     connection.execute(_APPLICATION_NAME, {"label": ascii_line(label)[:63]})
+
+
+def has_settings(dialect: Dialect) -> bool:
+    """Whether there are settings to take back: a listener costs each checkin."""
+    return dialect.name not in POSTGRESQL
 
 
 def undo_settings(

@@ -32,17 +32,38 @@ E = TypeVar("E", bound="ShapedEngine")
 _watched_dialects: WeakSet[Dialect] = WeakSet()
 """One per real engine: its variants by ``execution_options()`` share its dialect and its pool."""
 
-_scopes: WeakKeyDictionary[Connection, tuple[SessionScope[Any], ...]] = WeakKeyDictionary()
-"""Innermost last; more than one only where sessions share a connection, as in tests."""
+_watching: WeakKeyDictionary[SessionScope[Any], None] = WeakKeyDictionary()
+"""The scopes that a transaction was begun in."""
 
-_handed_out: WeakSet[Connection] = WeakSet()
-"""Connections that the user asked for: errors on the driver's own connection aren't heard of."""
+WATCH = "asgi_dbscope"
+"""The name in a connection's ``__dict__`` of what is known of it: a weak dictionary beside it would
+cost a transaction a hundredth of a SELECT."""
 
-_errors: WeakKeyDictionary[Connection, BaseException] = WeakKeyDictionary()
-"""The error after which the database may have aborted a connection's transaction.
 
-An entry holds its own key, by the error's traceback, so :func:`unwatch` has to take it out.
-"""
+class Watch:
+    """What is known of a connection while a scope's transaction is open on it.
+
+    Attributes:
+        scopes: Whose, innermost last; more than one only where sessions share a connection, as in
+            tests.
+
+        is_handed_out: Whether the user asked for the connection: errors on the driver's own
+            connection aren't heard of.
+
+        error: The error after which the database may have aborted the transaction. It holds the
+            connection, by its traceback, so :func:`unwatch` has to let go of it.
+    """
+
+    __slots__ = ("error", "is_handed_out", "scopes")
+
+    def __init__(self, scope: SessionScope[Any]) -> None:
+        self.scopes: tuple[SessionScope[Any], ...] = (scope,)
+        self.is_handed_out = False
+        self.error: BaseException | None = None
+
+
+def _watch_of(connection: Connection) -> Watch | None:
+    return connection.__dict__.get(WATCH)
 
 
 def watch(connection: Connection, scope: SessionScope[Any]) -> None:
@@ -50,18 +71,25 @@ def watch(connection: Connection, scope: SessionScope[Any]) -> None:
 
     Its engine is watched by then.
     """
-    _scopes[connection] = (*_scopes.get(connection, ()), scope)
+    _watching[scope] = None
+    known = _watch_of(connection)
+    if known is None:
+        connection.__dict__[WATCH] = Watch(scope)
+    else:
+        known.scopes = (*known.scopes, scope)
 
 
 def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
     """The transaction of *scope* on *connection* is over."""
-    others = tuple(each for each in _scopes.get(connection, ()) if each is not scope)
-    if others:
-        _scopes[connection] = others
+    known = _watch_of(connection)
+    if known is None:
+        return
+    known.error = None
+    known.is_handed_out = False
+    if known.scopes == (scope,):
+        del connection.__dict__[WATCH]
     else:
-        _scopes.pop(connection, None)
-    _errors.pop(connection, None)
-    _handed_out.discard(connection)
+        known.scopes = tuple(each for each in known.scopes if each is not scope)
 
 
 def watch_engine(engine: Engine) -> None:
@@ -75,7 +103,8 @@ def watch_engine(engine: Engine) -> None:
         return
     _watched_dialects.add(engine.dialect)
     event.listen(engine, "handle_error", _on_error)
-    event.listen(engine, "reset", _dialects.undo_settings)
+    if _dialects.has_settings(engine.dialect):
+        event.listen(engine, "reset", _dialects.undo_settings)
     event.listen(engine, "checkin", _on_checkin)
 
 
@@ -88,9 +117,9 @@ def comment_statements(engine: Engine) -> None:
 def _comment(
     connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any
 ) -> tuple[str, Any]:
-    scopes = _scopes.get(connection)
+    watched = _watch_of(connection)
     # Not the request's path: each statement text would be another one to the driver's cache.
-    label = scopes[-1].block_label if scopes else None
+    label = None if watched is None else watched.scopes[-1].block_label
     if label is None:
         return statement, parameters
     text = ascii_line(label)
@@ -101,13 +130,16 @@ def _comment(
 
 def open_transactions(engine: Engine) -> list[SessionScope[Any]]:
     """The scopes whose transactions hold connections of *engine*'s pool."""
-    found: dict[SessionScope[Any], None] = {}
     # All keys at once: other threads begin and end their transactions meanwhile.
-    for connection in filter(None, [each() for each in _scopes.keyrefs()]):
-        scopes = _scopes.get(connection)
-        if scopes and connection.engine.pool is engine.pool and not connection.invalidated:
-            found[scopes[-1]] = None
-    return [*found]
+    scopes = filter(None, [each() for each in _watching.keyrefs()])
+    return [scope for scope in scopes if _holds_one(scope, engine)]
+
+
+def _holds_one(scope: SessionScope[Any], engine: Engine) -> bool:
+    use = scope.use
+    return use is not None and any(
+        each.engine.pool is engine.pool and not each.invalidated for each in [*use.connections]
+    )
 
 
 def shape_engine(engine: Engine, execution_options: dict[str, Any], kind: type[E]) -> E:
@@ -160,21 +192,24 @@ def _forgive_at_checkin(connection: Connection) -> None:
 
 def guard_commit(connection: Connection) -> None:
     """Judge also a COMMIT that is asked of *connection* itself, past its session."""
-    _handed_out.add(connection)
+    watched = _watch_of(connection)
+    if watched is not None:
+        watched.is_handed_out = True
     if not event.contains(connection, "commit", _before_commit):
         event.listen(connection, "commit", _before_commit)
 
 
 def was_handed_out(connection: Connection) -> bool:
     """Whether the user asked for *connection*, and may have written past its session."""
-    return connection in _handed_out
+    watched = _watch_of(connection)
+    return watched is not None and watched.is_handed_out
 
 
 def _before_commit(connection: Connection) -> None:
-    scopes = _scopes.get(connection)
-    if scopes:
+    watched = _watch_of(connection)
+    if watched is not None:
         refuse_if_aborted(connection)
-        scope = scopes[-1]
+        scope = watched.scopes[-1]
         scope.note_commit()
         if scope.current_attempt is not None and not (scope.use and scope.use.is_committing):
             scope.current_attempt.forbid(COMMITTED)  # past the session, which won't hear of it
@@ -188,17 +223,20 @@ def refuse_if_aborted(connection: Connection) -> None:
     Raises:
         TransactionAbortedError: If it has.
     """
-    error = _errors.get(connection)
-    if error is None and not (connection in _handed_out and _dialects.can_ask(connection)):
+    watched = _watch_of(connection)
+    if watched is None:
+        return
+    error = watched.error
+    if error is None and not (watched.is_handed_out and _dialects.can_ask(connection)):
         return
     try:
         is_aborted = connection.invalidated or _dialects.is_aborted(connection, error)
     except Exception as refusal:  # noqa: BLE001 - whatever it is, it can't be committed
         is_aborted, error = True, error or refusal
     if not is_aborted:
-        _errors.pop(connection, None)
+        watched.error = None
         return
-    scope = _scopes[connection][-1]
+    scope = watched.scopes[-1]
     msg = (
         f"{scope!r} can't commit: the database aborted this transaction at an "
         f"earlier error ({type(error).__name__}, this error's __cause__), which the code caught "
@@ -220,10 +258,10 @@ def _remedy(connection: Connection, scope: SessionScope[Any]) -> str:
 
 def _on_error(context: ExceptionContext) -> None:
     connection = context.connection
-    scopes = None if connection is None else _scopes.get(connection)
-    if not scopes or connection is None:
+    watched = None if connection is None else _watch_of(connection)
+    if watched is None or connection is None:
         return
-    scope = scopes[-1]
+    scope = watched.scopes[-1]
     error = context.original_exception
     scope.note_error(context.sqlalchemy_exception or error)
     if scope.state is State.COMMITTING and _dialects.is_unanswered(context):
@@ -232,12 +270,12 @@ def _on_error(context: ExceptionContext) -> None:
             context.invalidate_pool_on_disconnect = False
         miss_answer(scope)
     elif context.is_disconnect:
-        _errors[connection] = error
+        watched.error = error
         if _dialects.outlives_cancellation(connection, error):
             context.is_disconnect = False
     elif _dialects.may_abort(connection, error):
-        if not _dialects.is_sure(_errors.get(connection)):
-            _errors[connection] = error
+        if not _dialects.is_sure(watched.error):
+            watched.error = error
         if scope.state is State.COMMITTING:  # past the session's check: a listener of the user's
             guard_commit(connection)
 

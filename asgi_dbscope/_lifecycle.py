@@ -176,5 +176,6 @@ class Lifecycle:
                 "or of code that drives its session's internals; please report it."
             )
             raise IllegalTransitionError(msg) from None
-        self.outcome = OUTCOMES.get(event, self.outcome)
+        if event in OUTCOMES:
+            self.outcome = OUTCOMES[event]
         return before

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 STATEMENTS = ("execute", "scalar", "scalars")
 OPERATIONS = (
-    *("get", "get_one", "merge", "refresh", "flush"),
+    *("get", "get_one", "merge", "refresh"),
     *("begin_nested", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
 )
 REGISTRATIONS = ("add", "delete")
@@ -54,8 +54,10 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "connection": _reporting(_connecting(base.connection)),
         "begin_on_database": _beginning_on_database(base.connection),
         "reset": _reporting(base.reset, explains=False),
+        "flush": _flushing(base.flush),
         "close": _closing(base.close),
         "commit": _committing(base.commit),
+        "commit_as_ender": base.commit,
         "rollback": _rolling_back(base.rollback),
     }
     for name in STATEMENTS:
@@ -128,6 +130,19 @@ def _connecting(connection: Callable[..., Any]) -> Callable[..., Any]:
         return found
 
     return connecting
+
+
+def _flushing(flush: Callable[..., Any]) -> Callable[..., Any]:
+    reporting = _reporting(flush)
+
+    @wraps(flush)
+    def flushing(self: Any, *args: Any, **kwargs: Any) -> None:
+        use: SessionUse | None = self.use
+        # Before each query SQLAlchemy flushes, and before each COMMIT; mostly nothing.
+        if use is None or use.is_free or not self._is_clean():
+            reporting(self, *args, **kwargs)
+
+    return flushing
 
 
 def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
@@ -366,7 +381,7 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
         scope.got_second_connection()
     shape = scope.shape
     if shape.mode != "autocommit":
-        _dialects.check_transactional(connection.engine)
+        scope.database.check_transactional(connection.engine)
     if use.is_committing:  # the first change was made by a listener of the user's
         scope.note_commit()
     if not shape.shapes_nothing and shape.mode != "autocommit":

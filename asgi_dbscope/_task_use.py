@@ -40,14 +40,14 @@ _ending: ContextVar[TaskUse | None] = ContextVar("asgi_dbscope_ending", default=
 class TaskUse(SessionUse):
     """The use of an asynchronous session, whose class may have verbs of its own."""
 
-    __slots__ = ("_becomes_free", "_last", "_turns")
+    _becomes_free: asyncio.Future[None] | None = None
+    _last = 0
+    _turns: asyncio.Lock | None = None
 
     def __init__(self, scope: SessionScope[Any]) -> None:
         super().__init__(scope)
-        self._becomes_free: asyncio.Future[None] | None = None
-        self._last = 0
-        is_serial = scope.database.concurrency == "serialize"
-        self._turns = asyncio.Lock() if is_serial else None
+        if scope.database.concurrency == "serialize":
+            self._turns = asyncio.Lock()
 
     def run(self, function: Callable[..., None], *arguments: Any) -> Coroutine[Any, Any, None]:
         """Run *function* in a greenlet, where SQLAlchemy's synchronous API awaits."""
@@ -192,7 +192,7 @@ class TaskUse(SessionUse):
     def commit(self, session: Session) -> None:
         own: AsyncSession = self.scope.session
         if type(own).commit is AsyncSession.commit:
-            session.commit()  # the same, by a shorter way
+            super().commit(session)  # the same, by a shorter way
         else:
             await_only(own.commit())
 

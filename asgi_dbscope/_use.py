@@ -67,36 +67,27 @@ class SessionUse(ABC):
             out throws the connection away.
     """
 
-    __slots__ = (
-        "connections",
-        "ender",
-        "has_lost",
-        "has_several_users",
-        "has_written",
-        "is_abandoned",
-        "is_begun_by_hand",
-        "is_closed",
-        "is_closing",
-        "is_committing",
-        "is_torn",
-        "scope",
-        "user",
-    )
+    # Few transactions need another value: a default of the class costs them nothing.
+    ender: Any = None
+    has_lost = False
+    has_several_users = False
+    has_written = False
+    is_abandoned = False
+    is_begun_by_hand = False
+    is_closed = False
+    is_closing = False
+    is_committing = False
+    is_torn = False
+    user: Any = None
 
     def __init__(self, scope: SessionScope[Any]) -> None:
         self.scope = scope
         self.connections: list[Connection] = []
-        self.user: Any = None
-        self.ender: Any = None
-        self.has_several_users = False
-        self.is_begun_by_hand = False
-        self.has_written = False
-        self.has_lost = False
-        self.is_closed = False
-        self.is_closing = False
-        self.is_committing = False
-        self.is_torn = False
-        self.is_abandoned = False
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nobody is inside the session, nor ends its transaction."""
+        return self.user is None and self.ender is None
 
     @property
     def is_busy(self) -> bool:
@@ -157,8 +148,9 @@ class SessionUse(ABC):
         """Roll back, in *timeout* seconds if it can be interrupted."""
 
     def commit(self, session: Session) -> None:
-        """Commit."""
-        session.commit()
+        """Commit: the ending's own way, which has been inside since :meth:`begin_ending`."""
+        self.scope.check_can_commit()
+        session.commit_as_ender()  # type: ignore[attr-defined]  # of the reporting class
 
     def invalidate(self, session: Session) -> None:
         """Throw its connections away."""
