@@ -46,6 +46,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
     known = _reporting_classes.get(base)
     if known is not None:
         return known
+    commit_inside = _committing_inside(base.commit)
     namespace: dict[str, Any] = {
         "use": None,
         "__module__": base.__module__,
@@ -56,8 +57,8 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "reset": _reporting(base.reset, explains=False),
         "flush": _flushing(base.flush),
         "close": _closing(base.close),
-        "commit": _committing(base.commit),
-        "commit_as_ender": base.commit,
+        "commit": _committing(commit_inside, base.commit),
+        "commit_inside": commit_inside,
         "rollback": _rolling_back(base.rollback),
     }
     for name in STATEMENTS:
@@ -163,20 +164,16 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     return closing
 
 
-def _committing(commit: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(commit)
+def _committing(commit: Callable[..., Any], base: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(base)
     def committing(self: Any) -> None:
         use: SessionUse | None = self.use
         if use is None:
-            commit(self)
+            base(self)
             return
-        use.scope.check_can_commit()
         user = use.enter()
         try:
             commit(self)
-        except BaseException as error:
-            if not settle_doubt(self, use, error):
-                raise
         finally:
             use.leave(user, self)
         if use.ender is None and use.scope.agenda is not None:
@@ -184,6 +181,19 @@ def _committing(commit: Callable[..., Any]) -> Callable[..., Any]:
             use.run_hooks()
 
     return committing
+
+
+def _committing_inside(commit: Callable[..., Any]) -> Callable[..., Any]:
+    def commit_inside(self: Any) -> None:
+        use: SessionUse = self.use
+        use.scope.check_can_commit()
+        try:
+            commit(self)
+        except BaseException as error:
+            if not settle_doubt(self, use, error):
+                raise
+
+    return commit_inside
 
 
 class _TransactionByHand(SessionTransaction):

@@ -148,9 +148,8 @@ class SessionUse(ABC):
         """Roll back, in *timeout* seconds if it can be interrupted."""
 
     def commit(self, session: Session) -> None:
-        """Commit: the ending's own way, which has been inside since :meth:`begin_ending`."""
-        self.scope.check_can_commit()
-        session.commit_as_ender()  # type: ignore[attr-defined]  # of the reporting class
+        """Commit, in an ending: inside the session since :meth:`begin_ending`."""
+        session.commit_inside()  # type: ignore[attr-defined]  # of the reporting class
 
     def invalidate(self, session: Session) -> None:
         """Throw its connections away."""
