@@ -240,7 +240,7 @@ async def test_host_that_does_not_answer_is_given_up(driver, drive, caplog):
 async def test_no_place_is_lost_however_many_give_up(engine, make_engine):
     """G10, G14: after hundreds of waits that ran out at any moment the pool is whole."""
     small = make_engine(engine.driver, pool_size=2, max_overflow=1, pool_pre_ping=True)
-    db = Database(small, checkout_timeout=0.1)
+    db = Database(small, checkout_timeout=0.3)
     dice = random.Random(14)
     got, refused = 0, 0
 

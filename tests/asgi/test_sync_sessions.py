@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import StaticPool
 
 from asgi_dbscope import (
+    CommitInDoubtError,
     ConfigurationError,
     Database,
     DBSessionMiddleware,
@@ -516,7 +517,8 @@ async def test_connection_lost_before_its_commit_is_no_success(
 
     exchange = await drive(DBSessionMiddleware(endpoint(write_and_lose), database=sync_db))
 
-    assert isinstance(exchange.error, sa.exc.OperationalError)
+    assert isinstance(exchange.error, CommitInDoubtError)
+    assert isinstance(exchange.error.__cause__, sa.exc.OperationalError)
     assert ([], []) == (exchange.messages, sync_rows())
 
 
