@@ -17,6 +17,7 @@ from asgi_dbscope import (
     Database,
     DBSessionMiddleware,
     Outcome,
+    Retry,
     current_scope,
 )
 from tests.fix_asgi import body, start
@@ -503,3 +504,48 @@ def test_option_is_checked_when_the_database_is_made(engine):
         Database(engine, resolve_in_doubt=wrong)
     with pytest.raises(ConfigurationError, match="bound to an engine"):
         Database(async_sessionmaker(binds={Item: engine}), resolve_in_doubt=True)
+
+
+# --------------------------------------------------------------------------------------
+# Done again
+# --------------------------------------------------------------------------------------
+
+
+@LOST
+async def test_lost_commit_is_done_again_where_retry_is_on(
+    db, proxy, drive, rows, place, committed
+):
+    """G15, G16: what was lost for sure is replayed, what was committed is not: one row."""
+    attempts = []
+
+    async def app(scope, receive, send):
+        attempts.append(current_scope())
+        await write(db.session)
+        if len(attempts) == 1:
+            proxy.arm("cut", place)
+        await respond(send, 201)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, retry=Retry(base=0.0)))
+
+    assert (201, b"ok") == (exchange.status, exchange.body)
+    assert (1 if committed else 2) == len(attempts)
+    assert [1] == await rows()
+
+
+async def test_commit_in_doubt_is_never_done_again(make_db, proxy, drive, rows):
+    """G15, G16: what may be committed is not replayed, whatever was asked for."""
+    db = make_db(resolve_in_doubt=False)
+    attempts = []
+
+    async def app(scope, receive, send):
+        attempts.append(current_scope())
+        await write(db.session)
+        proxy.arm("cut", before_commit)
+        await respond(send, 201)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, retry=Retry(base=0.0)))
+
+    assert isinstance(exchange.error, CommitInDoubtError)
+    assert [] == exchange.messages
+    assert 1 == len(attempts)
+    assert [] == await rows()
