@@ -119,7 +119,7 @@ async def test_server_that_is_down_refuses_new_connections(proxied, proxy, rows)
     async with proxied.connect() as connection:
         proxy.is_down = True
         await connection.execute(sa.text("SELECT 1"))
-        with pytest.raises(Exception, match="closed|reset"):
+        with pytest.raises(Exception, match=r"closed|reset"):
             await insert(proxied, 1)
         proxy.is_down = False
         await insert(proxied, 2)
