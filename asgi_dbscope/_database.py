@@ -6,6 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar, cast, get_args, overload
 from weakref import WeakKeyDictionary
 
+import anyio
 import anyio.to_thread
 from sqlalchemy import URL, Engine, event
 from sqlalchemy.ext.asyncio import (
@@ -24,6 +25,7 @@ from asgi_dbscope._checkout import BoundedEngine
 from asgi_dbscope._engine import (
     ShapedEngine,
     comment_statements,
+    dispose_in_time,
     shape_engine,
     watch,
     watch_engine,
@@ -105,6 +107,12 @@ class Database(Generic[S]):
         checkout_timeout: Seconds that a session may wait for its connection: for a place in the
             pool, and for the database to answer. ``None`` leaves both to the engine's own limits.
 
+        idle_warning: Seconds after which a transaction that idles, and holds its connection, is
+            told of in the log: once for each place in the code.
+
+        idle_timeout: Seconds after which such a transaction is rolled back. The next use of the
+            session, or the response, is a :class:`.TransactionIdleError`.
+
     Raises:
         ConfigurationError: If an argument is wrong.
     """
@@ -122,6 +130,8 @@ class Database(Generic[S]):
         pooler: Pooler | None = ...,
         resolve_in_doubt: bool = ...,
         checkout_timeout: float | None = ...,
+        idle_warning: float | None = ...,
+        idle_timeout: float | None = ...,
     ) -> None: ...
 
     @overload
@@ -136,6 +146,8 @@ class Database(Generic[S]):
         cleanup_timeout: float = ...,
         resolve_in_doubt: bool = ...,
         checkout_timeout: float | None = ...,
+        idle_warning: float | None = ...,
+        idle_timeout: float | None = ...,
     ) -> None: ...
 
     @overload
@@ -150,6 +162,8 @@ class Database(Generic[S]):
         cleanup_timeout: float = ...,
         resolve_in_doubt: bool = ...,
         checkout_timeout: float | None = ...,
+        idle_warning: float | None = ...,
+        idle_timeout: float | None = ...,
     ) -> None: ...
 
     @overload
@@ -164,6 +178,8 @@ class Database(Generic[S]):
         cleanup_timeout: float = ...,
         resolve_in_doubt: bool = ...,
         checkout_timeout: float | None = ...,
+        idle_warning: float | None = ...,
+        idle_timeout: float | None = ...,
     ) -> None: ...
 
     def __init__(
@@ -178,12 +194,20 @@ class Database(Generic[S]):
         pooler: Pooler | None = None,
         resolve_in_doubt: bool = False,
         checkout_timeout: float | None = None,
+        idle_warning: float | None = None,
+        idle_timeout: float | None = None,
     ) -> None:
         _check_name(name)
         _check_seconds("cleanup_timeout", cleanup_timeout)
         check_choice("concurrency", concurrency, get_args(Concurrency))
         self.name = name
-        self.options = ScopeOptions(mode=mode, checkout_timeout=checkout_timeout)
+        self.options = ScopeOptions(
+            mode=mode,
+            checkout_timeout=checkout_timeout,
+            idle_warning=idle_warning,
+            idle_timeout=idle_timeout,
+        )
+        self.idle_places: set[object] = set()
         self.concurrency = concurrency
         self.label_transactions = label_transactions
         self.cleanup_timeout = float(cleanup_timeout)
@@ -356,6 +380,7 @@ class Database(Generic[S]):
         read_only: bool = ...,
         isolation_level: str | None = ...,
         retry: Retry | None = ...,
+        timeout: float | None = ...,
     ) -> SessionScopeBlock[S]: ...
 
     def session_scope(
@@ -367,6 +392,7 @@ class Database(Generic[S]):
         read_only: bool = False,
         isolation_level: str | None = None,
         retry: Retry | None = None,
+        timeout: float | None = None,
     ) -> Any:
         """A scope of its own: for a script, a job, a websocket's message, a test.
 
@@ -383,9 +409,15 @@ class Database(Generic[S]):
 
             retry: Whether and how a decorated function is called again that lost to a conflict.
 
+            timeout: Seconds that a transaction may take, from its BEGIN.
+
             function: For ``@db.session_scope`` without parentheses.
         """
-        changes: dict[str, Any] = {"read_only": read_only, "isolation_level": isolation_level}
+        changes: dict[str, Any] = {
+            "read_only": read_only,
+            "isolation_level": isolation_level,
+            "timeout": timeout,
+        }
         if mode is not None:
             changes["mode"] = mode
         block = SessionScopeBlock(self, changes, retry)
@@ -564,11 +596,17 @@ class Database(Generic[S]):
         return shaped
 
     async def dispose(self) -> None:
-        """Close the connections of an engine that this object made from a URL."""
-        if isinstance(self.owned_engine, Engine):
-            await anyio.to_thread.run_sync(self.owned_engine.dispose)
-        elif self.owned_engine is not None:
-            await self.owned_engine.dispose()
+        """Close the connections of an engine that this object made from a URL.
+
+        Those that don't answer in *cleanup_timeout* seconds are dropped: no shutdown waits for
+        ever.
+        """
+        engine = self.owned_engine
+        if isinstance(engine, Engine):
+            with anyio.move_on_after(self.cleanup_timeout):
+                await anyio.to_thread.run_sync(engine.dispose, abandon_on_cancel=True)
+        elif engine is not None:
+            await dispose_in_time(engine, self.cleanup_timeout)
 
 
 def _check_name(name: object) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import sqlite3
 from typing import TYPE_CHECKING, Any, cast
 
@@ -150,11 +152,12 @@ def shape_transaction(
         connection.exec_driver_sql("PRAGMA query_only = ON")
 
 
-def limit_transaction(connection: Connection, seconds: float) -> None:
+def limit_transaction(connection: Connection, seconds: float, *, slack: float = 0.0) -> None:
     """Let the server itself end a transaction that takes longer, where it can.
 
     Also when this process doesn't come back to it: a transaction that idles is ended too, and its
-    locks with it. Both settings end with the transaction (postgresql.org, ``SET LOCAL``). MariaDB
+    locks with it; *slack* seconds later, where this process has a clock of its own. The settings
+    end with the transaction (postgresql.org, ``SET LOCAL``). MariaDB
     has one for statements, which ends with the session: :func:`undo_settings` takes it back.
     """
     if getattr(connection.dialect, "is_mariadb", False):
@@ -166,11 +169,39 @@ def limit_transaction(connection: Connection, seconds: float) -> None:
         return
     if connection.dialect.name != "postgresql":
         return
-    milliseconds = min(max(1, round(seconds * 1000)), 2**31 - 1)  # the setting's own limits
-    connection.exec_driver_sql(  # :d is a number or an error
-        f"SELECT set_config('statement_timeout', '{milliseconds:d}', true), "
-        f"set_config('idle_in_transaction_session_timeout', '{milliseconds:d}', true)"
-    )
+    limits = {
+        "statement_timeout": seconds,
+        "idle_in_transaction_session_timeout": seconds + slack,
+    }
+    version = getattr(connection.dialect, "server_version_info", None) or (0,)
+    if slack and version >= (17,):
+        limits["transaction_timeout"] = seconds + slack
+    settings = [  # :d is a number or an error
+        f"set_config('{name}', '{_milliseconds(limit):d}', true)" for name, limit in limits.items()
+    ]
+    connection.exec_driver_sql(f"SELECT {', '.join(settings)}")
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(max(1, round(seconds * 1000)), 2**31 - 1)  # the settings' own limits
+
+
+def cut(connection: Connection) -> bool:
+    """Cut the connection of a synchronous driver, from another thread; whether that could be done.
+
+    Whoever waits for the server in it gets an error at once, and the server rolls back. SQLite,
+    which has no server, is told to give up the statement that it is at.
+    """
+    try:
+        driver: Any = connection.connection.driver_connection
+        if hasattr(driver, "interrupt"):  # sqlite3
+            driver.interrupt()
+        else:  # psycopg, psycopg2, mysqlclient
+            with socket.socket(fileno=os.dup(driver.fileno())) as wire:
+                wire.shutdown(socket.SHUT_RDWR)
+    except Exception:  # noqa: BLE001 - closed already, or a driver that keeps it to itself
+        return False
+    return True
 
 
 def is_statement_timeout(error: BaseException) -> bool:

@@ -83,6 +83,7 @@ def _commit(scope: SessionScope[Any], session: Session, use: SessionUse) -> None
 
 def _roll_back(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
     """Roll back quietly: whatever goes wrong here must not hide why we roll back."""
+    scope.is_rolling_back = True
     try:
         use.roll_back(session, scope.database.cleanup_timeout)
     except Exception:
@@ -90,6 +91,8 @@ def _roll_back(scope: SessionScope[Any], session: Session, use: SessionUse) -> N
             "%s: ROLLBACK failed; the connection is thrown away", scope.label, exc_info=True
         )
         _invalidate(scope, session, use)
+    finally:
+        scope.is_rolling_back = False
 
 
 def _invalidate(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:

@@ -6,6 +6,8 @@ never goes back to the pool inside a transaction. The listeners are registered o
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -23,11 +25,17 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect, Engine
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.pool import ConnectionPoolEntry
 
     from asgi_dbscope._scope import SessionScope
 
 E = TypeVar("E", bound="ShapedEngine")
+
+logger = logging.getLogger("asgi_dbscope")
+
+DROP = 0.1
+"""Seconds that each further connection has to close, once one of them was silent."""
 
 _watched_dialects: WeakSet[Dialect] = WeakSet()
 """One per real engine: its variants by ``execution_options()`` share its dialect and its pool."""
@@ -188,6 +196,23 @@ def _forgive_at_checkin(connection: Connection) -> None:
             record.invalidate(error)
 
     record.finalize_callback.append(undo_or_invalidate)
+
+
+async def dispose_in_time(engine: AsyncEngine, seconds: float) -> None:
+    """Close the pooled connections of *engine*; after *seconds* without waiting for the database.
+
+    Cancelled while it waits for one connection to close, a driver drops that one; the others are
+    closed by the next attempt.
+    """
+    while True:
+        try:
+            async with asyncio.timeout(seconds):
+                await engine.dispose()
+        except TimeoutError:
+            logger.warning("%r: a connection didn't answer, and is dropped", engine)
+            seconds = DROP
+        else:
+            return
 
 
 def guard_commit(connection: Connection) -> None:

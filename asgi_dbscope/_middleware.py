@@ -66,6 +66,8 @@ class DBSessionMiddleware:
 
         retry: Whether and how a request is replayed that lost to a conflict with another
             transaction; ``None``: only where its endpoint has ``session_options(retry=...)``.
+        timeout: Seconds that a transaction of a request may take, from its BEGIN; then it is
+            rolled back, and the response is a 504. ``None``: as long as it likes.
 
         exclude: Paths that get no session: exact ones, prefixes (they end in ``*``), or a callable
             that is given the ASGI scope.
@@ -86,6 +88,7 @@ class DBSessionMiddleware:
         commit_error_response: CommitErrorResponse | None = None,
         stream: Stream = "release",
         retry: Retry | None = None,
+        timeout: float | None = None,
         exclude: Exclude | None = None,
     ) -> None:
         if not callable(app):
@@ -100,6 +103,7 @@ class DBSessionMiddleware:
             "commit_policy": commit_policy,
             "stream": stream,
             "retry": retry,
+            "timeout": timeout,
         }
         if mode is not None:
             changes["mode"] = mode

@@ -41,6 +41,10 @@ class ScopeOptions:
 
         retry: Whether and how a request is replayed that lost to a conflict.
 
+        idle_warning: Seconds after which a transaction that idles is told of.
+
+        idle_timeout: Seconds after which it is ended.
+
         shapes_nothing: Whether a transaction begins just as the engine does it.
 
         is_timed: Whether it matters when a transaction began.
@@ -57,6 +61,8 @@ class ScopeOptions:
     timeout: float | None = None
     checkout_timeout: float | None = None
     retry: Retry | None = None
+    idle_warning: float | None = None
+    idle_timeout: float | None = None
     shapes_nothing: bool = field(init=False, compare=False, repr=False, default=True)
     is_timed: bool = field(init=False, compare=False, repr=False, default=False)
 
@@ -68,10 +74,10 @@ class ScopeOptions:
             and self.checkout_timeout is None
         )
         object.__setattr__(self, "shapes_nothing", shapes_nothing)  # it is frozen
-        is_timed = self.timeout is not None or self.checkout_timeout is not None
-        object.__setattr__(self, "is_timed", is_timed)
         for name in SECONDS:
-            check_seconds(name, getattr(self, name))
+            object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
+        is_timed = any(getattr(self, name) is not None for name in SECONDS)
+        object.__setattr__(self, "is_timed", is_timed)
         check_choice("mode", self.mode, get_args(Mode))
         check_choice("stream", self.stream, get_args(Stream))
         _check_policy(self.commit_policy)
@@ -87,15 +93,20 @@ class ScopeOptions:
             )
             raise ConfigurationError(msg)
 
+    @property
+    def watches_idling(self) -> bool:
+        """Whether it matters that a transaction idles."""
+        return self.idle_warning is not None or self.idle_timeout is not None
+
     def changed(self, changes: dict[str, Any]) -> ScopeOptions:
         """A copy with *changes*, validated."""
         return replace(self, **changes)
 
 
-SECONDS = ("timeout", "checkout_timeout")
+SECONDS = ("timeout", "checkout_timeout", "idle_warning", "idle_timeout")
 """The options that are a number of seconds."""
 
-SHAPES_TRANSACTION = frozenset({"mode", "isolation_level", "read_only"})
+SHAPES_TRANSACTION = frozenset({"mode", "isolation_level", "read_only", "timeout"})
 """The options that must be known when a transaction begins; the others matter at the head."""
 
 
@@ -174,6 +185,8 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
         retry: Whether and how the request is replayed that lost to a conflict. Make such an object
             before requests come, as a decorator does: bodies are kept from then on.
 
+        timeout: Seconds that a transaction may take, from its BEGIN.
+
         database: The database's name, where several have a scope.
 
     Raises:
@@ -189,6 +202,7 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
         commit_policy: CommitPolicy | None = None,
         stream: Stream | None = None,
         retry: Retry | None = None,
+        timeout: float | None = None,
         database: str | None = None,
     ) -> None:
         given: dict[str, Any] = {
@@ -198,6 +212,7 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
             "commit_policy": commit_policy,
             "stream": stream,
             "retry": retry,
+            "timeout": timeout,
         }
         self._changes = {name: value for name, value in given.items() if value is not None}
         self._database = database

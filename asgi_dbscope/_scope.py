@@ -8,6 +8,7 @@ from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbscope import _dialects
@@ -29,9 +30,10 @@ from asgi_dbscope._lifecycle import (
 from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
 from asgi_dbscope._policy import Cause, Ending, decide_ending
 from asgi_dbscope._retry import AUTOCOMMITTED, COMMITTED, IN_DOUBT
-from asgi_dbscope._task_use import TaskUse
+from asgi_dbscope._task_use import IdleTaskUse, TaskUse
 from asgi_dbscope._text import label_of, one_line
-from asgi_dbscope._thread_use import ThreadUse
+from asgi_dbscope._thread_use import IdleThreadUse, ThreadUse
+from asgi_dbscope._use import note_stream
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     ConfigurationError,
@@ -56,11 +58,16 @@ if TYPE_CHECKING:
     from asgi_dbscope._retry import Attempt
     from asgi_dbscope._transaction_status import Transaction
     from asgi_dbscope._use import SessionUse
+    from asgi_dbscope._watch import TransactionWatch
+    from asgi_dbscope.errors import DBScopeError
 
 S = TypeVar("S", bound="AsyncSession | Session")
 
 _OUTCOMES = {Ending.COMMIT: Outcome.COMMITTED, Ending.ROLLBACK: Outcome.ROLLED_BACK}
 """What an ending comes to where it met with no error."""
+
+_SUCCESSES = frozenset({Cause.COMPLETED, Cause.RELEASED})
+"""The causes that claim that what was done is kept."""
 
 logger = logging.getLogger("asgi_dbscope")
 
@@ -118,11 +125,16 @@ class SessionScope(Lifecycle, Generic[S]):
     boundaries: tuple[Boundary, ...] = ()
     current_attempt: Attempt | None = None
     deadline: float | None = None
+    expiry: DBScopeError | None = None
+    """Why its transaction was ended before its time; nothing is done with its session after."""
     demands: frozenset[str] = frozenset()
     holder: SessionScope[Any] | None = None
+    is_rolling_back = False
     is_answer_missing = False
     """Whether a COMMIT got no answer, and the server is being asked what became of it."""
     shaped_by: str | None = None
+    watch: TransactionWatch | None = None
+    """The clock of its last transaction."""
     is_websocket = False
     """Whether it is a websocket's, which has sessions only by blocks of their own."""
     transaction: Transaction | None = None
@@ -407,6 +419,11 @@ class SessionScope(Lifecycle, Generic[S]):
             msg = f"{self!r}: the transaction's timeout has passed; it is rolled back."
             raise TransactionTimeoutError(msg)
 
+    def refuse_expired(self) -> NoReturn:
+        """Say why nothing can be done any more: the transaction was ended before its time."""
+        assert self.expiry is not None
+        raise type(self.expiry)(*self.expiry.args)
+
     # ---------------------------------------------------------------- hooks and failures
 
     def add_hook(self, hook: Hook) -> None:
@@ -450,6 +467,8 @@ class SessionScope(Lifecycle, Generic[S]):
         Raises:
             RollbackOnlyError: If nothing may be committed.
         """
+        if self.expiry is not None:
+            self.refuse_expired()
         failure = None if self.agenda is None else self.agenda.failure
         if failure is not None:
             self.refuse_after(failure)
@@ -522,6 +541,8 @@ class SessionScope(Lifecycle, Generic[S]):
         Raises:
             RollbackOnlyError: If a success would be claimed of what can't be committed.
         """
+        if self.expiry is not None:
+            return self._decide_expired(cause, head)
         if self.is_rollback_only:
             return Ending.ROLLBACK
         ending = decide_ending(
@@ -532,6 +553,12 @@ class SessionScope(Lifecycle, Generic[S]):
             return ending
         if head is None or head.status < 400:  # noqa: PLR2004 - what is above tells of it itself
             self.refuse_after(failure)
+        return Ending.ROLLBACK
+
+    def _decide_expired(self, cause: Cause, head: ResponseHead | None) -> Ending:
+        is_success = cause in _SUCCESSES if head is None else head.status < 400  # noqa: PLR2004 - what is above tells of it itself
+        if is_success:
+            self.refuse_expired()
         return Ending.ROLLBACK
 
     def check_blocks(self) -> None:
@@ -579,6 +606,20 @@ class SessionScope(Lifecycle, Generic[S]):
             self.note_end(_OUTCOMES[ending])
             cancellation = await run_hooks(self, is_failing=is_failing) or cancellation
         return cancellation
+
+    async def end_expired(self) -> asyncio.CancelledError | None:
+        """Roll back a transaction whose time is up; the head, or the block's end, is told later."""
+        cancellation = await self.run(end_transaction, Ending.ROLLBACK)
+        if self.agenda is not None:
+            self.note_end(Outcome.ROLLED_BACK)
+            cancellation = await run_hooks(self, is_failing=True) or cancellation
+        return cancellation
+
+    def end_expired_here(self) -> None:
+        """:meth:`end_expired` of a synchronous session, in this thread."""
+        end_transaction(self, *self.in_use(), Ending.ROLLBACK)
+        self.note_end(Outcome.ROLLED_BACK)
+        run_hooks_here(self, is_failing=True)
 
     def settle_here(self, ending: Ending, *, is_failing: bool = False) -> None:
         """:meth:`settle` of a synchronous session, in this thread."""
@@ -697,6 +738,8 @@ class SessionScope(Lifecycle, Generic[S]):
         """A session that was closed by hand rolled back: a success must not be claimed."""
         use.has_lost = False
         if ending is Ending.COMMIT:
+            if self.expiry is not None:
+                self.refuse_expired()
             msg = (
                 f"The session of {self!r} was closed by hand (session.close(), or the end of "
                 f"`{self.database.with_} session:`) with changes that nobody had committed, and "
@@ -732,12 +775,15 @@ class SessionScope(Lifecycle, Generic[S]):
             if self._session is None:
                 session: Any = self.database.session_factory()
                 use: SessionUse
+                watches_idling = self.options.watches_idling
                 if isinstance(session, AsyncSession):
-                    use = TaskUse(self)
+                    use = IdleTaskUse(self) if watches_idling else TaskUse(self)
                     sync_session: Any = session.sync_session
                 else:
-                    use = ThreadUse(self)
+                    use = IdleThreadUse(self) if watches_idling else ThreadUse(self)
                     sync_session = session
+                if watches_idling:
+                    event.listen(sync_session, "do_orm_execute", note_stream)
                 sync_session.use = use
                 self.use = use
                 self.sync_session = sync_session

@@ -7,6 +7,7 @@ registered once per session class, not per request.
 from __future__ import annotations
 
 import warnings
+from asyncio import CancelledError
 from functools import wraps
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._checkout import is_exhausted, note_pool, pool_note
-from asgi_dbscope._doubt import lose_answer, settle_doubt
+from asgi_dbscope._doubt import lose_answer, miss_answer, settle_doubt
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
-from asgi_dbscope._lifecycle import OPEN, Event, Outcome
+from asgi_dbscope._lifecycle import OPEN, Event, Outcome, State
 from asgi_dbscope._transaction_status import find_transaction
+from asgi_dbscope._watch import SLACK, watch_transaction
 from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError, PoolExhaustedError
 
 if TYPE_CHECKING:
@@ -190,8 +192,11 @@ def _committing_inside(commit: Callable[..., Any]) -> Callable[..., Any]:
         try:
             commit(self)
         except BaseException as error:
-            if not settle_doubt(self, use, error):
-                raise
+            real = _real(use, error)
+            if not settle_doubt(self, use, real):
+                if real is error:
+                    raise
+                raise real from error
 
     return commit_inside
 
@@ -204,8 +209,13 @@ class _TransactionByHand(SessionTransaction):
             super().commit(_to_root)
         except BaseException as error:
             session: Any = self.session
-            if session.use is None or not settle_doubt(session, session.use, error):
+            if session.use is None:
                 raise
+            real = _real(session.use, error)
+            if not settle_doubt(session, session.use, real):
+                if real is error:
+                    raise
+                raise real from error
 
 
 def _rolling_back(rollback: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,7 +241,8 @@ def _reporting(method: Callable[..., Any], *, explains: bool = True) -> Callable
         user = use.enter()
         try:
             return method(self, *args, **kwargs)
-        except _NO_CONNECTION as error:
+        except _REPORTED as error:
+            _check_time(use, error)
             if explains:
                 _explain(use, error)
             raise
@@ -254,7 +265,8 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
                 if use.scope.database.begins_late and not _is_outside(statement):
                     self.begin_on_database()
             return method(self, statement, *args, **kwargs)
-        except _NO_CONNECTION as error:
+        except _REPORTED as error:
+            _check_time(use, error)
             _explain(use, error)
             raise
         finally:
@@ -302,12 +314,32 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _NO_PLACE = (PoolTimeoutError, PoolExhaustedError)
-_NO_CONNECTION = (OSError, DBAPIError, PoolTimeoutError)
+_REPORTED = (OSError, DBAPIError, PoolTimeoutError, CancelledError)
+
+
+def _check_time(use: SessionUse, error: BaseException) -> None:
+    """Raise what *error* really is where the time of the transaction was up."""
+    real = _real(use, error)
+    if real is not error:
+        raise real from error
+
+
+def _real(use: SessionUse, error: BaseException) -> BaseException:
+    """What *error* really is."""
+    scope = use.scope
+    if scope.watch is None:
+        return error
+    real = scope.watch.convert(error)
+    if real is not error and scope.state is State.COMMITTING and not scope.is_answer_missing:
+        miss_answer(scope)  # the driver said nothing of it
+    return real
 
 
 def _explain(use: SessionUse, error: BaseException) -> None:
     """Tell whoever reads *error* that it is the connection that failed, where it is."""
     scope = use.scope
+    if isinstance(error, CancelledError):
+        return
     if scope.shaped_by is not None and scope.shape.read_only:
         error.add_note(
             f"asgi_dbscope: the transaction of {scope.label} was begun read-only by "
@@ -387,6 +419,7 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     scope.advance(Event.BEGUN)
     if scope.shape.is_timed:
         scope.begun_at = monotonic()
+        watch_transaction(scope, use)
     if scope.holder is not None:
         scope.got_second_connection()
     shape = scope.shape
@@ -398,12 +431,19 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
         _dialects.shape_transaction(
             connection, isolation_level=shape.isolation_level, read_only=shape.read_only
         )
-    if scope.deadline is not None:
-        _dialects.limit_transaction(connection, scope.deadline - monotonic())
+    if scope.deadline is not None or scope.shape.timeout is not None:
+        _limit_on_server(scope, connection)
     if scope.database.label_transactions == "application_name":
         _dialects.label_transaction(connection, scope.block_label or scope.label)
     if session.in_nested_transaction():
         _dialects.begin(connection)
+
+
+def _limit_on_server(scope: SessionScope[Any], connection: Connection) -> None:
+    if scope.deadline is not None:
+        _dialects.limit_transaction(connection, scope.deadline - monotonic())
+    elif scope.shape.timeout is not None and scope.shape.mode != "autocommit":
+        _dialects.limit_transaction(connection, scope.shape.timeout, slack=SLACK)
 
 
 def _after_flush(session: Any, context: Any) -> None:
@@ -487,6 +527,8 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     for connection in use.connections:
         unwatch(connection, use.scope)
     use.connections.clear()
+    if use.scope.watch is not None:
+        use.scope.watch.end()
     if use.scope.state in OPEN:
         if use.scope.is_answer_missing:  # whoever heard of it kept it to himself
             lose_answer(use.scope)

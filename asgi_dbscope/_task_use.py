@@ -15,7 +15,7 @@ from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._current import is_of_another_task
 from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._policy import Ending
-from asgi_dbscope._use import SessionUse
+from asgi_dbscope._use import IdleNotes, SessionUse
 from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
 
 if TYPE_CHECKING:
@@ -208,6 +208,14 @@ class TaskUse(SessionUse):
 
     def run_hooks(self) -> None:
         redeliver(await_only(run_hooks(self.scope)))
+
+
+class IdleTaskUse(IdleNotes, TaskUse):
+    """The same, where it matters whether a transaction idles."""
+
+    def leave(self, user: object, session: Session) -> None:
+        self.note_leave(user)
+        super().leave(user, session)
 
 
 async def _in_time(operation: Coroutine[Any, Any, T], timeout: float) -> T:  # noqa: ASYNC109 - that is its point

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio.to_thread
 
+from asgi_dbscope import _dialects
 from asgi_dbscope._doubt import lose_answer
 from asgi_dbscope._hook_runs import run_hooks_here
 from asgi_dbscope._lifecycle import OPEN, State
 from asgi_dbscope._policy import Ending
-from asgi_dbscope._use import SessionUse
+from asgi_dbscope._use import IdleNotes, SessionUse
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     EventLoopMismatchError,
@@ -26,6 +27,7 @@ from asgi_dbscope.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
     from asgi_dbscope._current import ScopeHolder
@@ -153,8 +155,15 @@ class ThreadUse(SessionUse):
                     return False
         return True
 
-    def roll_back(self, session: Session, timeout: float) -> None:  # noqa: ARG002 - a thread can't be interrupted
-        session.rollback()
+    def roll_back(self, session: Session, timeout: float) -> None:
+        # A thread can't be interrupted; what it waits for can be cut.
+        timer = threading.Timer(timeout, _cut, [self.connections.copy()])
+        timer.daemon = True
+        timer.start()
+        try:
+            session.rollback()
+        finally:
+            timer.cancel()
 
     def in_time(self, function: Callable[[], T], timeout: float) -> T:
         answer: Queue[T | BaseException] = Queue()
@@ -185,6 +194,19 @@ class ThreadUse(SessionUse):
             session.invalidate()
         except Exception:
             logger.warning("%s: a connection was lost", self.scope.label, exc_info=True)
+
+
+class IdleThreadUse(IdleNotes, ThreadUse):
+    """The same, where it matters whether a transaction idles."""
+
+    def leave(self, user: object, session: Session) -> None:
+        self.note_leave(user)
+        super().leave(user, session)
+
+
+def _cut(connections: list[Connection]) -> None:
+    for connection in connections:
+        _dialects.cut(connection)
 
 
 def _loop_around(scope: SessionScope[Any]) -> asyncio.AbstractEventLoop | None:

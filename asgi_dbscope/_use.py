@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_dbscope._current import get_innermost
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from sqlalchemy import Connection
-    from sqlalchemy.orm import Session
+    from sqlalchemy.orm import ORMExecuteState, Session
 
     from asgi_dbscope._scope import SessionScope
 
@@ -181,7 +182,9 @@ class SessionUse(ABC):
         gate = scope.gate
         if gate is not None and get_innermost() is not gate:
             self._check_request(gate)
-        if self.is_closed:
+        if self.is_closed and not scope.is_rolling_back:
+            if scope.expiry is not None:
+                scope.refuse_expired()
             release = "db.release()" if scope.database.is_sync else "await db.release()"
             msg = (
                 f"The session of {scope!r} was closed by hand (session.close(), or the end of "
@@ -240,7 +243,7 @@ class SessionUse(ABC):
 
     def note_loss(self, session: Session) -> None:
         """The session is being closed by hand, in a transaction."""
-        self.has_lost = self.has_changes(session)
+        self.has_lost = self.has_lost or self.has_changes(session)
 
     def busy_message(self, timeout: float) -> str:
         """What to tell a user whose child task holds up the end."""
@@ -263,3 +266,37 @@ class SessionUse(ABC):
             f"session of its own ({own}); or let them queue with Database(..., "
             "concurrency='serialize')."
         )
+
+
+class IdleNotes:
+    """What a use notes besides, where it matters whether a transaction idles.
+
+    Attributes:
+        left_at: When the last operation ended, by :func:`time.monotonic`.
+
+        left_by: Who was inside.
+
+        is_streaming: Whether rows of the transaction are still to be read, past the session.
+    """
+
+    left_at: float
+    left_by: Any
+    is_streaming = False
+
+    def note_begin(self, moment: float) -> None:
+        """A transaction has begun."""
+        self.left_at = moment
+        self.left_by = None
+
+    def note_leave(self, user: object) -> None:
+        """An operation has ended."""
+        if user is not None:
+            self.left_at = monotonic()
+            self.left_by = user
+
+
+def note_stream(state: ORMExecuteState) -> None:
+    """Rows are about to be read from a server-side cursor, which is nothing that we see."""
+    options = state.execution_options
+    if options.get("stream_results") or options.get("yield_per"):
+        state.session.use.is_streaming = True  # type: ignore[attr-defined]

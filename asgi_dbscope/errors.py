@@ -66,7 +66,11 @@ class TransactionMismatchError(DBScopeError):
 
 
 class TransactionTimeoutError(DBScopeError, TimeoutError):
-    """A transactional block took longer than its ``timeout``; it was rolled back."""
+    """A transaction took longer than its ``timeout``; it was rolled back."""
+
+
+class TransactionIdleError(DBScopeError):
+    """A transaction was idle for longer than ``idle_timeout``; it was rolled back."""
 
 
 class PoolExhaustedError(DBScopeError, TimeoutError):

@@ -1,0 +1,282 @@
+"""The clock of an open transaction: its timeout, and how long it may idle.
+
+One timer per transaction, none per statement, and none at all where nobody asked. When time is up,
+whoever is inside an operation is interrupted; where nobody is, the transaction is rolled back at
+once, and the next use, or the response's head, gets the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from abc import ABC, abstractmethod
+from time import monotonic
+from typing import TYPE_CHECKING, Any, cast
+
+from asgi_dbscope import _dialects
+from asgi_dbscope._completion import redeliver
+from asgi_dbscope._lifecycle import OPEN
+from asgi_dbscope._places import outermost_frame, place_of_task, place_of_thread
+from asgi_dbscope.errors import TransactionIdleError, TransactionTimeoutError
+
+if TYPE_CHECKING:
+    from asgi_dbscope._places import Place
+    from asgi_dbscope._scope import SessionScope
+    from asgi_dbscope._use import SessionUse
+
+logger = logging.getLogger("asgi_dbscope")
+
+SLACK = 1.0
+"""Seconds that the server's own limits are longer: they are for a client that is gone."""
+
+_ending: set[asyncio.Task[None]] = set()
+"""The rollbacks under way; an event loop keeps no task alive by itself."""
+
+
+def watch_transaction(scope: SessionScope[Any], use: SessionUse) -> None:
+    """A transaction of *scope* has begun: start its clock, if it has one and none is running."""
+    shape = scope.shape
+    is_running = scope.watch is not None and not scope.watch.is_over
+    if is_running or shape.mode == "autocommit":
+        return
+    if shape.timeout is None and not shape.watches_idling:
+        return
+    scope.watch = ThreadWatch(scope, use) if scope.database.is_sync else TaskWatch(scope, use)
+    scope.watch.start()
+
+
+class TransactionWatch(ABC):
+    """The clock of one transaction.
+
+    Attributes:
+        deadline: When the transaction has to be over, by :func:`time.monotonic`.
+
+        is_over: Whether the transaction has ended.
+    """
+
+    def __init__(self, scope: SessionScope[Any], use: SessionUse) -> None:
+        self.scope = scope
+        self.use = cast("Any", use)
+        shape = scope.shape
+        self._begun_at = monotonic()
+        self.deadline = None if shape.timeout is None else self._begun_at + shape.timeout
+        self.is_over = False
+        self._has_warned = shape.idle_warning is None
+        if shape.watches_idling:
+            self.use.note_begin(self._begun_at)
+
+    def start(self) -> None:
+        """Wait for what may happen next."""
+        shape = self.scope.shape
+        moments = [] if self.deadline is None else [self.deadline]
+        if shape.watches_idling:
+            idle_since = monotonic() if self._is_in_use else self.use.left_at
+            if not self._has_warned and shape.idle_warning is not None:
+                moments.append(idle_since + shape.idle_warning)
+            if shape.idle_timeout is not None:
+                moments.append(idle_since + shape.idle_timeout)
+        if moments:
+            self._call_at(min(moments))
+
+    @property
+    def _is_in_use(self) -> bool:
+        """Whether somebody is inside; rows that are still to be read count as well."""
+        use = self.use
+        return use.user is not None or use.ender is not None or bool(use.is_streaming)
+
+    def _look(self) -> None:
+        """A moment has come; find out which."""
+        if self.is_over:
+            return
+        if self.deadline is not None and monotonic() >= self.deadline:
+            self._time_out()
+        elif not (self.scope.shape.watches_idling and self._has_idled()):
+            self.start()
+
+    def _time_out(self) -> None:
+        scope = self.scope
+        msg = (
+            f"The transaction of {scope.label} took longer than its timeout of "
+            f"{scope.shape.timeout:g} seconds and was rolled back."
+        )
+        self._expire(TransactionTimeoutError(msg))
+
+    def _has_idled(self) -> bool:
+        """Warn of a transaction that idles, or end it; whether it was ended."""
+        shape = self.scope.shape
+        if self._is_in_use:
+            return False
+        idle_for = monotonic() - self.use.left_at
+        if shape.idle_timeout is not None and idle_for >= shape.idle_timeout:
+            msg = (
+                f"The transaction of {self.scope.label} was idle for more than "
+                f"{shape.idle_timeout:g} seconds (idle_timeout) and was rolled back"
+                f"{self._while(self._place())}. {self._cure}"
+            )
+            self._expire(TransactionIdleError(msg))
+            return True
+        warns = not self._has_warned and shape.idle_warning is not None
+        if warns and idle_for >= (shape.idle_warning or 0):
+            self._has_warned = True
+            self._warn(idle_for)
+        return False
+
+    def _warn(self, idle_for: float) -> None:
+        place = self._place()
+        places = self.scope.database.idle_places
+        if (place or self.scope.label) in places:
+            return
+        places.add(place or self.scope.label)
+        logger.warning(
+            "%s: its transaction on %r has been idle for %.1f s and holds a connection%s. %s",
+            self.scope.label,
+            self.scope.database.name,
+            idle_for,
+            self._while(place),
+            self._cure,
+        )
+
+    @staticmethod
+    def _while(place: Place | None) -> str:
+        return f", while {place} waits for something else" if place is not None else ""
+
+    @property
+    def _cure(self) -> str:
+        release = "db.release()" if self.scope.database.is_sync else "await db.release()"
+        return (
+            f"Before such a wait: `{release}`, which commits and gives the connection back; the "
+            "next statement begins a new transaction."
+        )
+
+    def _forbid(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
+        """Let nothing be done with the session any more, nor any success be claimed."""
+        self.scope.expiry = error
+        self.use.is_closed = True
+        self.use.has_lost = True
+
+    @abstractmethod
+    def _call_at(self, moment: float) -> None:
+        """Let :meth:`_look` be called at *moment*."""
+
+    @abstractmethod
+    def _place(self) -> Place | None:
+        """What the code that used the session last is waiting at."""
+
+    @abstractmethod
+    def _expire(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
+        """End the transaction, for the reason that *error* gives."""
+
+    def end(self) -> None:
+        """The transaction is over."""
+        self.is_over = True
+        if self.scope.shape.watches_idling:
+            self.use.is_streaming = False
+
+    def convert(self, error: BaseException) -> BaseException:
+        """What *error*, which an operation raised, really is."""
+        scope = self.scope
+        if scope.expiry is None:
+            if self.deadline is None or not _dialects.is_statement_timeout(error):
+                return error
+            self._time_out()
+        return scope.expiry or error
+
+
+class TaskWatch(TransactionWatch):
+    """The clock of an asynchronous session's transaction: a timer of its event loop."""
+
+    def __init__(self, scope: SessionScope[Any], use: SessionUse) -> None:
+        super().__init__(scope, use)
+        self._loop = cast("asyncio.AbstractEventLoop", scope.loop)
+        self._timer: asyncio.TimerHandle | None = None
+        self._interrupted: asyncio.Task[Any] | None = None
+        self._requests = 0
+
+    def _call_at(self, moment: float) -> None:
+        self._timer = self._loop.call_later(max(0.0, moment - monotonic()), self._look)
+
+    def _place(self) -> Place | None:
+        return place_of_task(self.use.left_by)
+
+    def _expire(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
+        scope, use = self.scope, self.use
+        self._forbid(error)
+        inside: asyncio.Task[Any] | None = use.user or use.ender
+        if inside is None:
+            self._end_transaction()
+        elif use.user is not None or not scope.is_rolling_back:
+            self._interrupted = inside
+            self._requests = inside.cancelling()
+            inside.cancel()
+
+    def _end_transaction(self) -> None:
+        if self.scope.state in OPEN and not self._is_inside:
+            task = self._loop.create_task(self._roll_back())
+            _ending.add(task)
+            task.add_done_callback(_ending.discard)
+
+    @property
+    def _is_inside(self) -> bool:
+        return self.use.user is not None or self.use.ender is not None
+
+    async def _roll_back(self) -> None:
+        redeliver(await self.scope.end_expired())
+
+    def convert(self, error: BaseException) -> BaseException:
+        """What *error* really is; the cancellation that was this clock's is taken back."""
+        if not isinstance(error, asyncio.CancelledError):
+            return super().convert(error)
+        task = self._interrupted
+        if task is None or task is not asyncio.current_task():
+            return error
+        self._interrupted = None
+        self._loop.call_soon(self._end_transaction)
+        if task.uncancel() > self._requests:
+            return error  # somebody else's as well
+        return self.scope.expiry or error
+
+    def end(self) -> None:
+        super().end()
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class ThreadWatch(TransactionWatch):
+    """The clock of a synchronous session's transaction: a thread that waits.
+
+    A thread can't be interrupted; its connection can be cut, which ends whatever it waits for.
+    """
+
+    def __init__(self, scope: SessionScope[Any], use: SessionUse) -> None:
+        super().__init__(scope, use)
+        self._timer: threading.Timer | None = None
+        self._thread = threading.get_ident()
+        self._frame = outermost_frame() if scope.shape.watches_idling else None
+        self._lock = threading.Lock()
+
+    def _call_at(self, moment: float) -> None:
+        self._timer = threading.Timer(max(0.0, moment - monotonic()), self._look)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _place(self) -> Place | None:
+        return place_of_thread(self._thread, self._frame)
+
+    def _expire(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
+        scope, use = self.scope, self.use
+        with self._lock:  # not while the transaction ends, and its connection goes elsewhere
+            if self.is_over:
+                return
+            self._forbid(error)
+            is_cut = [_dialects.cut(each) for each in use.connections]
+            is_idle = use.user is None and use.ender is None
+        if is_idle and all(is_cut):  # nothing can hang any more
+            scope.end_expired_here()
+
+    def end(self) -> None:
+        with self._lock:
+            super().end()
+        self._frame = None
+        if self._timer is not None:
+            self._timer.cancel()

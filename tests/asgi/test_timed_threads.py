@@ -1,0 +1,106 @@
+"""`timeout`, `idle_warning` and `idle_timeout` of a synchronous database."""
+
+import threading
+from time import monotonic
+
+import pytest
+import sqlalchemy as sa
+
+from asgi_dbscope import (
+    Database,
+    DBSessionMiddleware,
+    State,
+    TransactionIdleError,
+    TransactionTimeoutError,
+)
+from tests.fix_database import Item
+from tests.fix_sync import SYNC_DRIVERS
+from tests.sync_apps import endpoint
+
+ENDLESS = {
+    "sqlite": (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    ),
+    "psycopg": "SELECT pg_sleep(30)",
+}
+
+
+@pytest.fixture(params=SYNC_DRIVERS)
+def engine(request, make_sync_engine):
+    """A synchronous engine."""
+    return make_sync_engine(request.param)
+
+
+def wait_for(condition):
+    """Wait until it is so."""
+    pause, deadline = threading.Event(), monotonic() + 10
+    while not condition():
+        assert monotonic() < deadline
+        pause.wait(0.005)
+
+
+async def test_statement_that_takes_too_long_is_interrupted(engine, drive):
+    """The connection is cut, the thread gets an error at once, and the answer is 504."""
+    db = Database(engine)
+    begun = monotonic()
+
+    def work():
+        db.session.execute(sa.text(ENDLESS[engine.driver.replace("pysqlite", "sqlite")]))
+
+    exchange = await drive(DBSessionMiddleware(endpoint(work), database=db, timeout=0.2))
+
+    assert 504 == exchange.status
+    assert monotonic() - begun < 10
+    assert 0 == engine.pool.checkedout()
+
+
+@pytest.mark.parametrize(
+    ("option", "kind"),
+    [("timeout", TransactionTimeoutError), ("idle_timeout", TransactionIdleError)],
+)
+def test_transaction_is_over_also_where_nobody_uses_it(engine, option, kind):
+    """Rolled back while its thread is elsewhere; the next use, and the end, are the error."""
+    db = Database(engine, idle_timeout=0.05 if option == "idle_timeout" else None)
+    with (
+        pytest.raises(kind),
+        db.session_scope(timeout=0.05 if option == "timeout" else None) as session,
+    ):
+        session.add(Item(id=1))
+        session.flush()
+        wait_for(lambda: db.scope.state is State.IDLE)
+        assert 0 == engine.pool.checkedout()
+        with pytest.raises(kind):
+            session.execute(sa.text("SELECT 1"))
+
+    with engine.connect() as connection:
+        assert [] == connection.scalars(sa.select(Item.id)).all()
+
+
+def test_transaction_in_time_is_none_the_wiser(engine):
+    """What ends in time commits."""
+    db = Database(engine, idle_warning=30, idle_timeout=30)
+    with db.session_scope(timeout=30) as session:
+        session.add(Item(id=1))
+        session.flush()
+        session.commit()
+        session.add(Item(id=2))
+
+    with engine.connect() as connection:
+        assert [1, 2] == connection.scalars(sa.select(Item.id)).all()
+
+
+def test_idle_transaction_is_told_of_with_its_place(engine, caplog):
+    """The warning names the line that the thread is at."""
+    db = Database(engine, idle_warning=0.03)
+
+    @db.session_scope
+    def charge():
+        db.session.execute(sa.text("SELECT 1"))
+        wait_for(lambda: caplog.messages)
+
+    charge()
+
+    [message] = caplog.messages
+    assert "has been idle for" in message
+    assert "wait_for() (asgi/test_timed_threads.py:" in message
+    assert "`db.release()`" in message

@@ -1,0 +1,248 @@
+"""`timeout` of a request's transaction: seconds from its BEGIN, for whatever it waits for."""
+
+import asyncio
+from time import monotonic
+
+import pytest
+import sqlalchemy as sa
+
+from asgi_dbscope import (
+    ConfigurationError,
+    DBSessionMiddleware,
+    Outcome,
+    State,
+    TransactionTimeoutError,
+    current_scope,
+    session_options,
+)
+from tests.fix_asgi import body, start
+from tests.fix_database import POSTGRES_DRIVERS, Item
+
+ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
+ON_ALL = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
+SLOW = sa.text("SELECT pg_sleep(30)")
+
+
+async def respond(send, status=200):
+    """Answer."""
+    await send(start(status))
+    await send(body(b"ok"))
+
+
+@ON_POSTGRES
+async def test_statement_that_takes_too_long_is_interrupted(db, drive, rows):
+    """The statement ends when the transaction's time is up, and the answer is 504."""
+    outcomes = []
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        try:
+            await db.session.execute(SLOW)
+        except TransactionTimeoutError:
+            task = asyncio.current_task()
+            assert task is not None
+            outcomes.append(task.cancelling())
+            raise
+
+    begun = monotonic()
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.2))
+
+    assert 504 == exchange.status
+    assert [0] == outcomes
+    assert monotonic() - begun < 10
+    assert [] == await rows()
+
+
+@ON_ALL
+async def test_transaction_is_over_in_time_also_where_nobody_uses_it(db, drive, rows, engine):
+    """While the handler waits elsewhere: rolled back at once, the connection free; no 2xx."""
+    scopes = []
+
+    async def app(scope, receive, send):
+        session_scope = current_scope()
+        scopes.append(session_scope)
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        while session_scope.state is not State.IDLE:
+            await asyncio.sleep(0.01)
+        assert 0 == engine.pool.checkedout()
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    assert Outcome.ROLLED_BACK is scopes[0].outcome
+    assert [] == await rows()
+
+
+@ON_ALL
+async def test_session_is_refused_after_its_time(db, drive):
+    """The next use is the error; caught, the head that claims a success is it again."""
+    seen = []
+
+    async def app(scope, receive, send):
+        session_scope = current_scope()
+        await db.session.execute(sa.text("SELECT 1"))
+        while session_scope.state is not State.IDLE:
+            await asyncio.sleep(0.01)
+        for _ in range(2):
+            try:
+                await db.session.execute(sa.text("SELECT 1"))
+            except TransactionTimeoutError as error:
+                seen.append(str(error))
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    assert 2 == len(seen)
+    assert "took longer than its timeout of 0.1 seconds and was rolled back." in seen[1]
+
+
+async def test_error_response_of_the_apps_own_goes_out(db, drive):
+    """An app that tells of an error by itself is let."""
+
+    async def app(scope, receive, send):
+        session_scope = current_scope()
+        await db.session.execute(sa.text("SELECT 1"))
+        while session_scope.state is not State.IDLE:
+            await asyncio.sleep(0.01)
+        await respond(send, 418)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert (418, b"ok") == (exchange.status, exchange.body)
+
+
+@ON_ALL
+async def test_transaction_in_time_is_none_the_wiser(db, drive, rows):
+    """What ends in time commits, and the timer goes with it."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30))
+
+    assert 200 == exchange.status
+    assert [1] == await rows()
+
+
+SETTINGS = sa.text(
+    "SELECT current_setting('statement_timeout'), "
+    "current_setting('idle_in_transaction_session_timeout')"
+)
+
+
+@ON_POSTGRES
+async def test_server_knows_in_every_transaction_and_forgets_with_it(db, drive, engine):
+    """G20: each transaction of the scope has the limits, and the connection's next user none."""
+    seen = []
+
+    async def app(scope, receive, send):
+        seen.append((await db.session.execute(SETTINGS)).one())
+        await db.session.commit()
+        seen.append((await db.session.execute(SETTINGS)).one())
+        seen.append((await db.session.execute(sa.text("SHOW transaction_timeout"))).scalar())
+        await respond(send)
+
+    await drive(DBSessionMiddleware(app, database=db, timeout=5))
+    async with engine.connect() as connection:
+        after = (await connection.execute(SETTINGS)).one()
+
+    assert [("5s", "6s"), ("5s", "6s"), "6s"] == seen
+    assert ("0", "0") == after
+
+
+@ON_POSTGRES
+async def test_time_begins_anew_with_each_transaction(db, drive, rows):
+    """The timeout is the transaction's and not the request's."""
+
+    async def app(scope, receive, send):
+        for number in range(4):
+            db.session.add(Item(id=number))
+            await db.session.flush()
+            await asyncio.sleep(0.15)
+            await db.release()
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.4))
+
+    assert 200 == exchange.status
+    assert 4 == len(await rows())
+
+
+async def test_endpoint_may_have_its_own(db, drive):
+    """`session_options(timeout=...)` and `session_scope(timeout=...)` say it for one."""
+    timeouts = []
+
+    @session_options(timeout=7)
+    async def endpoint():
+        timeouts.append(current_scope().options.timeout)
+        async with db.session_scope(timeout=3):
+            timeouts.append(db.scope.options.timeout)
+
+    async def app(scope, receive, send):
+        timeouts.append(current_scope().options.timeout)
+        await endpoint()
+        await respond(send)
+
+    await drive(DBSessionMiddleware(app, database=db, timeout=5))
+
+    assert [5, 7, 3] == timeouts
+
+
+@ON_POSTGRES
+async def test_scope_of_its_own_raises_at_its_end(db, rows):
+    """A job whose transaction ran out of time doesn't end well."""
+    with pytest.raises(TransactionTimeoutError):
+        async with db.session_scope(timeout=0.1) as session:
+            session.add(Item(id=1))
+            await session.flush()
+            while db.scope.state is not State.IDLE:
+                await asyncio.sleep(0.01)
+
+    assert [] == await rows()
+
+
+@ON_POSTGRES
+async def test_cancellation_of_the_users_own_stays_one(db):
+    """G10: an operation that somebody else cancels at the same time ends cancelled."""
+    is_inside = asyncio.Event()
+
+    async def work():
+        async with db.session_scope(timeout=0.2) as session:
+            await session.execute(sa.text("SELECT 1"))
+            is_inside.set()
+            await session.execute(SLOW)
+
+    task = asyncio.create_task(work())
+    await is_inside.wait()
+    while not task.cancelling():
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_autocommit_has_no_transaction_to_limit(db, drive, rows):
+    """In mode "autocommit" bare statements have no limit."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        assert db.scope.watch is None
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, mode="autocommit", timeout=0.1))
+
+    assert 200 == exchange.status
+
+
+@pytest.mark.parametrize("value", [0, -1, "1", True, float("nan")])
+def test_seconds_are_checked(value):
+    """A timeout is a number of seconds above 0."""
+    with pytest.raises(ConfigurationError, match="timeout must be a number of seconds"):
+        session_options(timeout=value)
