@@ -34,6 +34,9 @@ STATEMENT_TIME = "asgi_dbscope_max_statement_time"
 """The key in a pooled connection's ``info`` that says MariaDB's ``max_statement_time`` is ours, and
 the name of the server's variable that keeps what it was before."""
 
+TRANSACTION_TIMEOUT_SINCE = (17,)
+"""The version of PostgreSQL that knows ``transaction_timeout``."""
+
 SQLITE_ROLLED_BACK = frozenset(
     {
         sqlite3.SQLITE_NOMEM,
@@ -169,17 +172,19 @@ def limit_transaction(connection: Connection, seconds: float, *, slack: float = 
         return
     if connection.dialect.name != "postgresql":
         return
-    limits = {
-        "statement_timeout": seconds,
-        "idle_in_transaction_session_timeout": seconds + slack,
-    }
-    version = getattr(connection.dialect, "server_version_info", None) or (0,)
-    if slack and version >= (17,):
-        limits["transaction_timeout"] = seconds + slack
-    settings = [  # :d is a number or an error
-        f"set_config('{name}', '{_milliseconds(limit):d}', true)" for name, limit in limits.items()
-    ]
-    connection.exec_driver_sql(f"SELECT {', '.join(settings)}")
+    statement, whole = _milliseconds(seconds), _milliseconds(seconds + slack)
+    version: tuple[Any, ...] = getattr(connection.dialect, "server_version_info", None) or ()
+    if slack and version >= TRANSACTION_TIMEOUT_SINCE:
+        connection.exec_driver_sql(  # :d is a number or an error
+            f"SELECT set_config('statement_timeout', '{statement:d}', true), "
+            f"set_config('idle_in_transaction_session_timeout', '{whole:d}', true), "
+            f"set_config('transaction_timeout', '{whole:d}', true)"
+        )
+        return
+    connection.exec_driver_sql(
+        f"SELECT set_config('statement_timeout', '{statement:d}', true), "
+        f"set_config('idle_in_transaction_session_timeout', '{whole:d}', true)"
+    )
 
 
 def _milliseconds(seconds: float) -> int:
