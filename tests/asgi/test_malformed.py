@@ -24,6 +24,7 @@ from asgi_dbscope import (
     DBSessionMiddleware,
     MalformedMessageError,
     NoSessionScopeError,
+    Retry,
     _current,
 )
 from tests.fix_asgi import body, http_scope, start
@@ -119,6 +120,7 @@ class Run:
     program: Program
     db: Database[Any]
     observer: sa.Connection
+    retry: Retry | None
     first: int
     log: list[str] = field(default_factory=list)
     at_heads: list[list[int]] = field(default_factory=list)
@@ -134,7 +136,7 @@ class Run:
         extensions: dict[str, Any] = {}
         if self.program.offers_trailers:
             extensions["http.response.trailers"] = {}
-        wrapped = DBSessionMiddleware(self._app, database=self.db)
+        wrapped = DBSessionMiddleware(self._app, database=self.db, retry=self.retry)
         scope = http_scope(extensions=extensions)
         try:
             async with asyncio.timeout(PATIENCE):
@@ -204,14 +206,20 @@ Compare = Callable[[Program], None]
 
 
 @pytest.fixture
-def compare(source: Any, observer: sa.Connection, loop: Loop) -> Compare:
+def retry() -> Retry | None:
+    """Whether a request could be replayed; none here meets a conflict."""
+    return None
+
+
+@pytest.fixture
+def compare(source: Any, observer: sa.Connection, loop: Loop, retry: Retry | None) -> Compare:
     """Run a program, and assert that all which came of it is as the model says."""
     db = Database(source)
     firsts = itertools.count(step=SPAN)
 
     def compare(program: Program) -> None:
         model = Model(program)
-        run = Run(program, db, observer, first=next(firsts))
+        run = Run(program, db, observer, retry, first=next(firsts))
         loop.run_until_complete(run.run())
 
         assert model.log == run.log
@@ -225,6 +233,7 @@ def compare(source: Any, observer: sa.Connection, loop: Loop) -> Compare:
     return compare
 
 
+@pytest.mark.parametrize("retry", [None, Retry()], ids=["once", "retry"])
 def test_random_programs_commit_what_was_understood(compare):
     """G1, G3, G7, G18: whatever an app sends, and whoever objects, a simple model knows the end."""
     FEW(given(programs())(compare))()
