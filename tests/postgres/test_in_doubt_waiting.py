@@ -20,7 +20,7 @@ from asgi_dbscope import (
 from tests.fix_asgi import body, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
 from tests.fix_in_doubt import ENOUGH, run_job
-from tests.fix_proxy import after_commit
+from tests.fix_proxy import after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 
@@ -226,3 +226,37 @@ async def test_cancelled_while_asking_it_ends_at_its_deadline(make_db, proxy, dr
     assert isinstance(exchange.error, (CommitInDoubtError, asyncio.CancelledError))
     assert Outcome.IN_DOUBT is scope.outcome
     assert [1] == await rows()
+
+
+@pytest.mark.parametrize("place", [before_commit, after_commit], ids=["commit", "answer"])
+async def test_cancelled_at_any_time_it_is_resolved_rightly(make_db, proxy, rows, place):
+    """G15, G10: cancelled whenever it may be, COMMIT and questions under way, none ends wrongly."""
+    db = make_db()
+    number, turns, was_over = 0, 0, False
+    while not was_over:
+        number += 1
+        scopes: list[Any] = []
+        is_reached = asyncio.Event()
+        fault = proxy.arm("cut", place)
+
+        async def job(number=number, scopes=scopes, is_reached=is_reached):
+            async with db.session_scope() as session:
+                scopes.append(db.scope)
+                session.add(Item(id=number))
+                await session.flush()
+                is_reached.set()
+
+        task = asyncio.create_task(job())
+        await is_reached.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        was_over = task.done()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        fault.disarm()
+        is_there = number in await rows()
+        expected = Outcome.COMMITTED if is_there else Outcome.ROLLED_BACK
+        assert expected is scopes[0].outcome, turns
+        assert len(fault.struck) or not is_there, turns  # cancelled before its COMMIT was sent
+        turns = turns * 2 + 1
+    assert 5 <= number
