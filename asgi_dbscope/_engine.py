@@ -18,7 +18,7 @@ from asgi_dbscope import _dialects
 from asgi_dbscope._doubt import miss_answer
 from asgi_dbscope._lifecycle import State
 from asgi_dbscope._retry import COMMITTED
-from asgi_dbscope._text import ascii_line
+from asgi_dbscope._text import ascii_line, told
 from asgi_dbscope.errors import TransactionAbortedError
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ async def dispose_in_time(engine: AsyncEngine, seconds: float) -> None:
             async with asyncio.timeout(seconds):
                 await engine.dispose()
         except TimeoutError:
-            logger.warning("%r: a connection didn't answer, and is dropped", engine)
+            logger.warning("%s: a connection didn't answer, and is dropped", told(engine))
             seconds = DROP
         else:
             return

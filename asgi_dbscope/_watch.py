@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("asgi_dbscope")
 
+MOST_PLACES = 1000
+"""Places whose warning isn't given again; then they are forgotten."""
+
 SLACK = 1.0
 """Seconds that the server's own limits are longer: they are for a client that is gone."""
 
@@ -125,9 +128,12 @@ class TransactionWatch(ABC):
     def _warn(self, idle_for: float) -> None:
         place = self._place()
         places = self.scope.database.idle_places
-        if (place or self.scope.label) in places:
+        told_of = place or self.scope.label
+        if told_of in places:
             return
-        places.add(place or self.scope.label)
+        if len(places) >= MOST_PLACES:
+            places.clear()  # labels hold paths, of which clients can make as many as they like
+        places.add(told_of)
         logger.warning(
             "%s: its transaction on %r has been idle for %.1f s and holds a connection%s. %s",
             self.scope.label,

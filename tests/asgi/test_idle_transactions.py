@@ -94,6 +94,20 @@ async def test_place_is_told_once(engine, drive, caplog):
     assert 1 == len(await told(caplog))
 
 
+async def test_places_that_were_told_are_not_kept_for_ever(engine, drive, caplog):
+    """Where no place is known it is the request's path, and clients know many."""
+    db = Database(engine, idle_warning=0.02)
+    db.idle_places.update(f"GET /{number}" for number in range(1000))
+    elsewhere = Elsewhere()
+    app = DBSessionMiddleware(charging(db, elsewhere), database=db)
+    request = asyncio.create_task(drive(app, http_scope("/1")))
+    await told(caplog)
+    elsewhere.answer.set()
+    await request
+
+    assert 1 == len(db.idle_places)
+
+
 @ON_ALL
 async def test_release_before_the_wait_is_the_cure(engine, drive, caplog, rows):
     """G6: who has given the connection back idles at nobody's cost, and nothing is said."""
