@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sqlite3
+from math import ceil
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import text
@@ -27,12 +28,9 @@ POSTGRESQL = frozenset({"postgresql", "cockroachdb"})
 MYSQL = frozenset({"mysql", "mariadb"})
 """The dialects for MariaDB and MySQL: how the URL spells it, not which of them it is."""
 
-QUERY_ONLY = "asgi_dbscope_query_only"
-"""The key in a pooled connection's ``info`` that says ``PRAGMA query_only`` is on."""
-
-STATEMENT_TIME = "asgi_dbscope_max_statement_time"
-"""The key in a pooled connection's ``info`` that says MariaDB's ``max_statement_time`` is ours, and
-the name of the server's variable that keeps what it was before."""
+UNDO = "asgi_dbscope_undo"
+"""The key in a pooled connection's ``info`` whose value is the statement that takes back what would
+outlive the transaction."""
 
 TRANSACTION_TIMEOUT_SINCE = (17,)
 """The version of PostgreSQL that knows ``transaction_timeout``."""
@@ -80,6 +78,15 @@ MYSQL_CONFLICTS = frozenset({1020, LOCK_WAIT_TIMEOUT, 1213})
 
 MYSQL_DRIVERS = frozenset({"MySQLdb", "aiomysql", "asyncmy", "pymysql"})
 """Packages whose errors have MySQL's error code as their first argument."""
+
+_MARIADB_KEEP_LIMITS = (
+    "SET @asgi_dbscope_statement = @@SESSION.max_statement_time, "
+    "@asgi_dbscope_idle = @@SESSION.idle_transaction_timeout"
+)
+_MARIADB_FORGET_LIMITS = (
+    "SET SESSION max_statement_time = @asgi_dbscope_statement, "
+    "SESSION idle_transaction_timeout = @asgi_dbscope_idle"
+)
 
 _APPLICATION_NAME = text("SELECT set_config('application_name', :label, true)")
 
@@ -151,7 +158,7 @@ def shape_transaction(
         level = (isolation_level or "").replace("_", " ").upper()
         connection.exec_driver_sql(SET_TRANSACTION[level, read_only])
     elif read_only and dialect == "sqlite":
-        connection.info[QUERY_ONLY] = True
+        connection.info[UNDO] = "PRAGMA query_only = OFF"
         connection.exec_driver_sql("PRAGMA query_only = ON")
 
 
@@ -160,15 +167,11 @@ def limit_transaction(connection: Connection, seconds: float, *, slack: float = 
 
     Also when this process doesn't come back to it: a transaction that idles is ended too, and its
     locks with it; *slack* seconds later, where this process has a clock of its own. The settings
-    end with the transaction (postgresql.org, ``SET LOCAL``). MariaDB
-    has one for statements, which ends with the session: :func:`undo_settings` takes it back.
+    end with the transaction (postgresql.org, ``SET LOCAL``). MariaDB has such settings for the
+    session; :func:`undo_settings` takes them back.
     """
     if getattr(connection.dialect, "is_mariadb", False):
-        connection.info[STATEMENT_TIME] = True
-        connection.exec_driver_sql(
-            f"SET @{STATEMENT_TIME} = @@SESSION.max_statement_time, "
-            f"SESSION max_statement_time = {min(max(seconds, 0.001), 31_536_000):.3f}"
-        )
+        _limit_mariadb_transaction(connection, seconds, seconds + slack)
         return
     if connection.dialect.name != "postgresql":
         return
@@ -187,6 +190,16 @@ def limit_transaction(connection: Connection, seconds: float, *, slack: float = 
     )
 
 
+def _limit_mariadb_transaction(connection: Connection, statement: float, idle: float) -> None:
+    if UNDO not in connection.info:
+        connection.info[UNDO] = _MARIADB_FORGET_LIMITS
+        connection.exec_driver_sql(_MARIADB_KEEP_LIMITS)
+    connection.exec_driver_sql(
+        f"SET SESSION max_statement_time = {_milliseconds(statement) / 1000:.3f}, "
+        f"SESSION idle_transaction_timeout = {ceil(_milliseconds(idle) / 1000):d}"
+    )
+
+
 def _milliseconds(seconds: float) -> int:
     return min(max(1, round(seconds * 1000)), 2**31 - 1)  # the settings' own limits
 
@@ -201,8 +214,9 @@ def cut(connection: Connection) -> bool:
         driver: Any = connection.connection.driver_connection
         if hasattr(driver, "interrupt"):  # sqlite3
             driver.interrupt()
-        else:  # psycopg, psycopg2, mysqlclient
-            with socket.socket(fileno=os.dup(driver.fileno())) as wire:
+        else:  # psycopg, psycopg2, mysqlclient; PyMySQL
+            place = driver if hasattr(driver, "fileno") else driver._sock  # noqa: SLF001 - no other way
+            with socket.socket(fileno=os.dup(place.fileno())) as wire:
                 wire.shutdown(socket.SHUT_RDWR)
     except Exception:  # noqa: BLE001 - closed already, or a driver that keeps it to itself
         return False
@@ -240,13 +254,8 @@ def undo_settings(
     reset_state: PoolResetState,
 ) -> None:
     """Take the settings that outlive a transaction back before the connection's next user."""
-    if connection_record.info.pop(QUERY_ONLY, False):
-        statement = "PRAGMA query_only = OFF"
-    elif connection_record.info.pop(STATEMENT_TIME, False):
-        statement = f"SET SESSION max_statement_time = @{STATEMENT_TIME}"
-    else:
-        return
-    if reset_state.terminate_only:
+    statement = connection_record.info.pop(UNDO, None)
+    if statement is None or reset_state.terminate_only:
         return
     cursor = dbapi_connection.cursor()
     try:

@@ -1,12 +1,14 @@
 """Databases, drivers, poolers: each example does what the page says."""
 
+import re
+import tomllib
 from collections.abc import AsyncIterator
 from types import ModuleType
 
 import pytest
 
 from asgi_dbscope import Database
-from tests.docs.blocks import find_block, runs
+from tests.docs.blocks import DOCS, ROOT, find_block, runs
 
 
 @pytest.fixture
@@ -17,6 +19,16 @@ async def pooled() -> AsyncIterator[ModuleType]:
     exec(find_block("databases.md", "pgbouncer").code, module.__dict__)
     yield module
     await module.engine.dispose()
+
+
+def test_each_drivers_extra_is_on_the_page():
+    """What is to be installed for each driver is an extra of the package, and no other."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    page = (DOCS / "databases.md").read_text()
+
+    assert extras.keys() - {"demo"} == set(re.findall(r"`asgi-dbscope\[(\w+)\]`", page))
 
 
 @runs("databases.md", "pgbouncer")

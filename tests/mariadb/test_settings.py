@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from asgi_dbscope import ConfigurationError, Database, DBSessionMiddleware, session_options
 from asgi_dbscope._dialects import mysql_error
@@ -165,12 +166,10 @@ async def test_transaction_that_is_open_already_is_not_reshaped(engine, db):
 
 
 async def test_timeout_ends_the_statement_and_leaves_no_trace(single, rows):
-    """G20: the transaction is rolled back in time, and the server's own limit is back."""
+    """G20: the transaction is rolled back in time, and the server's own limits are back."""
     db = Database(single)
-    limit = sa.text("SELECT @@SESSION.max_statement_time")
-    async with single.connect() as connection:
-        await connection.execute(sa.text("SET SESSION max_statement_time = 77"))
-    seen = []
+    own = sa.text("SET SESSION max_statement_time = 77, SESSION idle_transaction_timeout = 99")
+    limits = sa.text("SELECT @@SESSION.max_statement_time, @@SESSION.idle_transaction_timeout")
 
     began = time.monotonic()
     with pytest.raises(TransactionTimeoutError):
@@ -180,17 +179,32 @@ async def test_timeout_ends_the_statement_and_leaves_no_trace(single, rows):
             await session.execute(sa.text("SELECT SLEEP(20)"))
     took = time.monotonic() - began
     async with single.connect() as connection:
-        await connection.execute(sa.text("SET SESSION max_statement_time = 77"))
+        await connection.execute(own)
     async with db.transactional(timeout=30) as session:
-        seen.append(await session.scalar(limit))
+        during = (await session.execute(limits)).one()
     async with single.connect() as connection:
-        seen.append(await connection.scalar(limit))
+        after = (await connection.execute(limits)).one()
     await single.dispose()
 
     assert took < 10
-    assert 29 < seen[0] <= 30
-    assert 77 == seen[1]
+    assert 29 < during[0] <= during[1] == 30
+    assert (77, 99) == after
     assert [] == await rows()
+
+
+async def test_limits_are_the_users_own_after_several_timeouts(single, engine):
+    """G20: on a connection of the user's, limited twice before it goes back to the pool."""
+    limits = sa.text("SELECT @@SESSION.max_statement_time, @@SESSION.idle_transaction_timeout")
+    async with single.connect() as connection:
+        db = Database(async_sessionmaker(connection))
+        for _ in range(2):
+            async with db.transactional(timeout=30) as session:
+                await session.execute(READ)
+    async with single.connect() as connection:
+        after = (await connection.execute(limits)).one()
+    await single.dispose()
+
+    assert (0, 0) == after
 
 
 async def test_ddl_commits_what_was_before_it(db, drive, rows):
@@ -230,3 +244,28 @@ async def test_requests_with_and_without_settings_do_not_mix(db, drive, rows):
 
     assert [200] * 20 == [each.status for each in exchanges]
     assert [1, *range(11, 30, 2)] == await rows()
+
+
+async def test_request_is_over_in_time(db, engine, drive, rows):
+    """A request's `timeout` interrupts its statement, and its transaction where nobody uses it."""
+
+    async def busy(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        await db.session.execute(sa.text("SELECT SLEEP(30)"))
+        await respond(send)
+
+    async def idle(scope, receive, send):
+        db.session.add(Item(id=2))
+        await db.session.flush()
+        while engine.pool.checkedout():
+            await asyncio.sleep(0.01)
+        await respond(send)
+
+    began = time.monotonic()
+    wrapped = [DBSessionMiddleware(each, database=db, timeout=0.2) for each in (busy, idle)]
+    exchanges = [await drive(each) for each in wrapped]
+
+    assert [504, 504] == [each.status for each in exchanges]
+    assert time.monotonic() - began < 10
+    assert [] == await rows()

@@ -110,3 +110,28 @@ def test_swallowed_deadlock_is_not_committed(db, engine, ids):
             session.add(Item(id=4))
 
     assert [1, 2] == ids()
+
+
+@pytest.mark.parametrize("what", ["busy", "idle"])
+async def test_request_of_a_thread_is_over_in_time(db, engine, drive, ids, what):
+    """A request's `timeout` ends its statement, and where it idles its connection is cut."""
+
+    def work():
+        db.session.add(Item(id=1))
+        db.session.flush()
+        if what == "busy":
+            db.session.execute(sa.text("SELECT SLEEP(30)"))
+
+    async def app(scope, receive, send):
+        await asyncio.to_thread(work)
+        while engine.pool.checkedout():
+            await asyncio.sleep(0.01)
+        await send(start(200))
+        await send(body(b"ok"))
+
+    began = time.monotonic()
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.2))
+
+    assert 504 == exchange.status
+    assert time.monotonic() - began < 10
+    assert [] == ids()

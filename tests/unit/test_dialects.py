@@ -7,10 +7,10 @@ from typing import Any
 import aiosqlite
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.dialects import mssql, mysql
+from sqlalchemy.dialects import mssql, mysql, oracle, sqlite
 from sqlalchemy.engine.default import DefaultDialect
 
-from asgi_dbscope import ConfigurationError, _dialects
+from asgi_dbscope import ConfigurationError, Database, _dialects
 
 
 def connection_of(dialect: Any) -> Any:
@@ -33,6 +33,26 @@ def test_read_only_is_refused_where_no_database_would_enforce_it():
         _dialects.check_shape(engine_of(mssql.dialect()), isolation_level=None, read_only=True)
 
     assert "database user that may only read" in str(caught.value)
+
+
+@pytest.mark.parametrize("dialect", [mssql.dialect(), oracle.dialect()])
+def test_read_only_is_refused_where_it_is_asked_for(dialect):
+    """G20: a block and a scope that no database would hold to it are refused when they are made."""
+    db = Database(engine_of(dialect))
+
+    with pytest.raises(ConfigurationError, match="can't be enforced on"):
+        db.transactional(read_only=True)
+    with pytest.raises(ConfigurationError, match="can't be enforced on"):
+        db.session_scope(read_only=True)
+
+
+@pytest.mark.parametrize("dialect", [mysql.dialect(), sqlite.dialect()])
+def test_what_only_postgresql_has_is_refused_when_the_database_is_made(dialect):
+    """A label in `pg_stat_activity`, and an answer to a doubt, are refused at once elsewhere."""
+    with pytest.raises(ConfigurationError, match="PostgreSQL"):
+        Database(engine_of(dialect), label_transactions="application_name")
+    with pytest.raises(ConfigurationError, match="PostgreSQL"):
+        Database(engine_of(dialect), resolve_in_doubt=True)
 
 
 def test_unknown_isolation_level_is_told_without_a_connection():
