@@ -218,7 +218,7 @@ class _Tries:
             return None
         delay = self._attempt.delay()
         if delay is None:
-            reason = self._attempt.fence or "no attempt is left"
+            reason = self._attempt.why_last
             logger.warning(
                 "%s: attempt %d of %d has lost to a conflict (%s), and was the last one: %s",
                 *(self._label, self._attempt.number, self._retry.attempts, code, reason),

@@ -17,6 +17,7 @@ from sys import exception as handled_exception
 from typing import TYPE_CHECKING, Any, cast
 
 from asgi_dbscope._answers import Answer, mark
+from asgi_dbscope._completion import redeliver
 from asgi_dbscope._current import get_innermost, reset_innermost, set_innermost
 from asgi_dbscope._dialects import find_conflict
 from asgi_dbscope._gate import Phase, ResponseGate, find_base_http_middleware
@@ -25,6 +26,7 @@ from asgi_dbscope._policy import Cause
 from asgi_dbscope._retry import (
     BODY_TOO_LARGE,
     CLIENT_LEFT,
+    HOOK_RAN,
     SENT,
     Attempt,
     endpoint_retries,
@@ -61,7 +63,8 @@ async def serve(app: AnyASGIApp, served: Served, scope: Scope, receive: Receive,
                 return result
             lost = gate.lost
             assert lost is not None
-            if not await recording.client_stays(gate.delay):
+            has_left = await recording.client_leaves(gate.delay)
+            if has_left:
                 logger.info("%s: the client has left before the next attempt", lost.label)
                 raise lost.error
             attempt, current = attempt.following(), _copied(snapshot)
@@ -166,8 +169,8 @@ class Recording:
         self.is_over = True
         self.messages = []
 
-    async def client_stays(self, delay: float) -> bool:
-        """Wait for *delay* seconds; ``False`` as soon as the client leaves.
+    async def client_leaves(self, delay: float) -> bool:
+        """Wait for *delay* seconds; ``True`` as soon as the client leaves.
 
         Whoever waits for a client's leaving reads what it sends before that.
         """
@@ -175,7 +178,7 @@ class Recording:
             async with asyncio.timeout(delay):
                 while self.size <= self._limit:
                     if self.has_left:
-                        return False
+                        return True
                     is_over = self.is_complete
                     await self.fetch()
                     if is_over and not self.has_left:
@@ -184,7 +187,7 @@ class Recording:
                 await asyncio.sleep(delay)
         except TimeoutError:
             pass
-        return True
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,6 +330,8 @@ class AttemptGate(ResponseGate):
             return
         self.lost = Lost(code, error, self.scopes[0].label)
         self._look_at_client()
+        if self.late_scopes:  # a hook waits for the response to tell of this rollback
+            attempt.forbid(HOOK_RAN)
         self.delay = attempt.delay()
         if self._is_loser:
             mark(error, Answer(HTTPStatus.SERVICE_UNAVAILABLE, retry.retry_after))
@@ -339,7 +344,7 @@ class AttemptGate(ResponseGate):
             logger.warning(
                 "%s: attempt %d of %d has lost to a conflict (%s), and was the last one: %s",
                 *(self.lost.label, attempt.number, retry.attempts, code),
-                attempt.fence or "no attempt is left",
+                attempt.why_last,
             )
 
     def _look_at_client(self) -> None:
@@ -383,9 +388,7 @@ class AttemptGate(ResponseGate):
             if self.lost is not None:
                 await self._settle_all(Cause.RAISED)
                 if self.delay is not None and self._attempt.fence is None:
-                    cancellation = await self._close(Cause.RAISED)
-                    if cancellation is not None:
-                        raise cancellation
+                    redeliver(await self._close(Cause.RAISED))
                     return None
                 self.delay = None  # what the app did while it was unwound forbids it
                 if self._is_loser or self._failure is not None:

@@ -151,6 +151,13 @@ class Attempt:
         retry = self.retry
         return retry is None or self.fence is not None or self.number >= retry.attempts
 
+    @property
+    def why_last(self) -> str:
+        """Why no other attempt follows, for the log."""
+        if self.fence is not None:
+            return self.fence
+        return "no attempt is left" if self.is_last else "max_elapsed is over"
+
     def forbid(self, reason: str) -> None:
         """Let no other attempt follow, neither of this nor of what it is a part of."""
         self.fence = self.fence or reason

@@ -667,6 +667,20 @@ async def test_endpoint_without_a_retry_is_served_as_ever(db, drive, forget_endp
     assert isinstance(exchange.error, sa.exc.DBAPIError)
 
 
+async def test_raised_conflict_of_an_endpoint_without_a_retry_surfaces(db, drive, forget_endpoints):
+    """G16: the same where the app raises."""
+    session_options(retry=AT_ONCE)(respond)
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.insert(Item).values(id=1))
+
+    with inject_conflicts(db, at="INSERT", times=None) as injected:
+        exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert 1 == injected.count
+    assert isinstance(exchange.error, sa.exc.DBAPIError)
+
+
 async def test_endpoint_may_go_without_the_middlewares_retry(db, drive, forget_endpoints):
     """G16: `Retry(attempts=1)` on an endpoint takes the middleware's back."""
 
@@ -726,7 +740,7 @@ async def test_second_instance_does_nothing_in_each_attempt(db, drive, rows):
     assert 200 == exchange.status
 
 
-async def test_no_attempt_begins_after_max_elapsed(db, drive):
+async def test_no_attempt_begins_after_max_elapsed(db, drive, caplog):
     """G16: attempts end with the time they may take, though some are left."""
 
     async def app(scope, receive, send):
@@ -739,6 +753,7 @@ async def test_no_attempt_begins_after_max_elapsed(db, drive):
 
     assert 1 == injected.count
     assert 503 == exchange.status
+    assert "and was the last one: max_elapsed is over" in caplog.text
 
 
 def test_retry_is_checked_at_once(engine):

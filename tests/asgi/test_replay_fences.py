@@ -375,6 +375,22 @@ async def test_hook_that_ran_forbids_a_replay(register, db, drive, caplog):
     assert ["a hook ran"] == fences(caplog)
 
 
+async def test_hook_that_waits_for_the_response_forbids_a_replay(db, drive, caplog):
+    """G16: an on-rollback hook that runs after the response is to hear of this rollback."""
+    ran: list[int] = []
+
+    async def app(scope, receive, send):
+        db.on_rollback(lambda: ran.append(1), when="after_response")
+        await lose(db, send)
+
+    with inject_conflicts(db):
+        exchange = await drive(DBSessionMiddleware(app, database=db, retry=AT_ONCE))
+
+    assert [1] == ran
+    assert isinstance(exchange.error, sa.exc.DBAPIError)
+    assert ["a hook ran"] == fences(caplog)
+
+
 async def test_hook_that_runs_at_once_forbids_a_replay(engine, drive, caplog):
     """G16: outside of any transaction a hook runs at once, and is done."""
     db = Database(engine, mode="autocommit")

@@ -176,24 +176,25 @@ async def test_snapshot_that_is_too_old_on_sqlite(db, engine, drive, two_items):
 def test_threads_that_conflict(sync_db, sync_engine, sync_rows):
     """G16: functions of a synchronous engine, decorated, in two threads."""
     meeting = threading.Barrier(2)
-    attempts = []
+    attempts, counts = [], []
 
     @sync_db.transactional(isolation_level="SERIALIZABLE", retry=AT_ONCE)
-    def add():
-        count = sync_db.session.scalar(sa.select(sa.func.count()).select_from(Item))
+    def add(number):
+        counts.append(sync_db.session.scalar(sa.select(sa.func.count()).select_from(Item)))
         attempts.append(current_scope().attempt)
         if current_scope().attempt == 1:
             meeting.wait(30)
-        sync_db.session.execute(sa.insert(Item).values(id=count))
+        sync_db.session.execute(sa.insert(Item).values(id=number))
 
-    threads = [threading.Thread(target=add) for _ in range(2)]
+    threads = [threading.Thread(target=add, args=[number]) for number in (1, 2)]
     for each in threads:
         each.start()
     for each in threads:
         each.join()
 
     assert [1, 1, 2] == attempts
-    assert [0, 1] == sync_rows()
+    assert [0, 0, 1] == counts
+    assert [1, 2] == sync_rows()
 
 
 @ON_POSTGRES
