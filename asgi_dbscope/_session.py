@@ -498,6 +498,8 @@ def _after_commit(session: Any) -> None:
         return
     if use.connections:
         use.scope.advance(Event.COMMITTED)
+        if use.scope.watch is not None:
+            use.scope.watch.note_commit()
     else:
         use.scope.note_end(Outcome.COMMITTED)
 

@@ -90,8 +90,8 @@ class TransactionWatch(ABC):
 
     def _look(self) -> None:
         """A moment has come; find out which."""
-        if self.is_over:
-            return
+        if self.is_over or self.scope.is_rolling_back:
+            return  # nothing is claimed of a rollback, and it has a deadline of its own
         if self.deadline is not None and monotonic() >= self.deadline:
             self._time_out()
         elif not (self.scope.shape.watches_idling and self._has_idled()):
@@ -172,6 +172,13 @@ class TransactionWatch(ABC):
     @abstractmethod
     def _expire(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
         """End the transaction, for the reason that *error* gives."""
+
+    def note_commit(self) -> None:
+        """COMMIT was answered: what the clock says from now on, or said meanwhile, is too late."""
+        self.end()
+        if self.scope.expiry is not None:
+            self.scope.expiry = None
+            self.use.is_closed = self.use.has_lost = False
 
     def end(self) -> None:
         """The transaction is over."""

@@ -12,6 +12,7 @@ from asgi_dbscope import (
     State,
     TransactionIdleError,
     TransactionTimeoutError,
+    _dialects,
 )
 from tests.fix_database import Item
 from tests.fix_sync import SYNC_DRIVERS
@@ -37,6 +38,35 @@ def wait_for(condition):
     while not condition():
         assert monotonic() < deadline
         pause.wait(0.005)
+
+
+@pytest.mark.parametrize("moment", ["commit", "reset"])
+async def test_time_that_is_up_with_the_commit_is_no_error(engine, drive, moment):
+    """G1: whether the clock struck just before or after COMMIT was answered, the answer counts."""
+    db = Database(engine)
+    scopes = []
+
+    @sa.event.listens_for(engine, moment)
+    def be_late(*args):
+        for scope in scopes:
+            scope.watch.deadline = 0.0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(_dialects, "cut", lambda connection: False)
+                scope.watch._look()
+
+    def work():
+        scopes.append(db.scope)
+        db.session.add(Item(id=1))
+        db.session.flush()
+
+    exchange = await drive(DBSessionMiddleware(endpoint(work), database=db, timeout=30))
+
+    scopes.clear()
+    with engine.connect() as connection:
+        assert [1] == list(connection.scalars(sa.select(Item.id)))
+    assert exchange.error is None
+    assert exchange.is_complete
+    assert 300 > (exchange.status or 500)
 
 
 async def test_statement_that_takes_too_long_is_interrupted(engine, drive):

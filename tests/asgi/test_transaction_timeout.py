@@ -55,6 +55,33 @@ async def test_statement_that_takes_too_long_is_interrupted(db, drive, rows):
 
 
 @ON_ALL
+@pytest.mark.parametrize("status", [201, 404])
+async def test_time_that_is_up_after_the_end_is_no_error(db, engine, drive, rows, status):
+    """G1, G3: while the connection goes back to the pool, what was answered stays answered."""
+    scopes = []
+
+    @sa.event.listens_for(engine.sync_engine, "reset")
+    def be_late(*args):
+        for scope in scopes:
+            scope.watch.deadline = 0.0
+            asyncio.get_running_loop().call_soon(scope.watch._look)
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        if status == 404:
+            db.set_rollback_only()
+        await respond(send, status)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30))
+
+    assert exchange.error is None
+    assert (status, b"ok") == (exchange.status, exchange.body)
+    assert ([1] if status == 201 else []) == await rows()
+
+
+@ON_ALL
 async def test_transaction_is_over_in_time_also_where_nobody_uses_it(db, drive, rows, engine):
     """While the handler waits elsewhere: rolled back at once, the connection free; no 2xx."""
     scopes = []
