@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import FrameType
 
+    from asgi_dbscope._admission import Admission
     from asgi_dbscope._asgi import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
@@ -63,12 +64,15 @@ class Served:
         warn_of_hider: Told the class of a ``BaseHTTPMiddleware`` that a response came through.
 
         retry: See :class:`.DBSessionMiddleware`.
+
+        admission: Where requests wait for their turn, if they have to.
     """
 
     options: dict[Database[Any], ScopeOptions]
     commit_error_response: CommitErrorResponse | None
     warn_of_hider: Callable[[type], None]
     retry: Retry | None = None
+    admission: Admission | None = None
 
 
 class Phase(Fact):

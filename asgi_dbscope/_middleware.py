@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
+from asgi_dbscope._admission import KEY, Admission, AdmittedRequest
 from asgi_dbscope._current import get_innermost, reset_innermost, set_innermost
 from asgi_dbscope._database import Database
 from asgi_dbscope._gate import ResponseGate, Served
 from asgi_dbscope._policy import commit_unless_error
-from asgi_dbscope._replay import serve
+from asgi_dbscope._replay import serve, serve_once
 from asgi_dbscope._retry import endpoint_retries
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope._text import told
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from asgi_dbscope._retry import Retry
 
     Exclude = str | Iterable[str] | Callable[[Scope], bool]
-
-KEY = "asgi_dbscope"
-"""The key in the ASGI scope that says: this very request has been here."""
 
 
 class DBSessionMiddleware:
@@ -69,6 +67,14 @@ class DBSessionMiddleware:
         timeout: Seconds that a transaction of a request may take, from its BEGIN; then it is
             rolled back, and the response is a 504. ``None``: as long as it likes.
 
+        max_concurrent: How many requests may work with the databases at the same time, from their
+            first use of a session to their response's head. The others wait, in their order, and
+            hold nothing. ``None``: as many as come.
+
+        max_waiting: How many may wait; one more is a 503 at once. ``None``: any number.
+
+        waiting_timeout: Seconds that one may wait; then it is a 503.
+
         exclude: Paths that get no session: exact ones, prefixes (they end in ``*``), or a callable
             that is given the ASGI scope.
 
@@ -89,6 +95,9 @@ class DBSessionMiddleware:
         stream: Stream = "release",
         retry: Retry | None = None,
         timeout: float | None = None,
+        max_concurrent: int | None = None,
+        max_waiting: int | None = None,
+        waiting_timeout: float = 5.0,
         exclude: Exclude | None = None,
     ) -> None:
         if not callable(app):
@@ -104,7 +113,12 @@ class DBSessionMiddleware:
             "stream": stream,
             "retry": retry,
             "timeout": timeout,
+            "is_admitted": max_concurrent is not None,
         }
+        admission = None
+        if max_concurrent is not None:
+            _check_asynchronous(self.databases)
+            admission = Admission(max_concurrent, max_waiting, waiting_timeout)
         if mode is not None:
             changes["mode"] = mode
         self._served = Served(
@@ -112,6 +126,7 @@ class DBSessionMiddleware:
             commit_error_response,
             self._warn_of_hider,
             retry,
+            admission,
         )
         self._is_excluded = _check_exclude(exclude)
         self._has_warned = False
@@ -130,13 +145,14 @@ class DBSessionMiddleware:
             served = _unserved(served)
             if not served.options:  # a second instance for the same databases
                 return await self.app(scope, receive, send)
+        admits_or_replays = (
+            served.admission is not None
+            or served.retry is not None
+            or endpoint_retries.max_body is not None
+        )
+        if admits_or_replays:
+            return await self._serve_otherwise(served, scope, receive, send)
         scope[KEY] = True
-        if served.retry is not None or endpoint_retries.max_body is not None:
-            try:
-                return await serve(self.app, served, scope, receive, send)
-            finally:
-                if served is self._served:
-                    scope.pop(KEY, None)
         gate = ResponseGate(served, get_innermost(), scope, receive, send)
         token = set_innermost(gate)
         try:
@@ -151,6 +167,29 @@ class DBSessionMiddleware:
             reset_innermost(token)
             if served is self._served:  # the first instance that it came to
                 scope.pop(KEY, None)
+
+    async def _serve_otherwise(
+        self, served: Served, scope: Scope, receive: Receive, send: Send
+    ) -> Any:
+        """Serve a request that may have to wait for its turn, or be replayed."""
+        around = scope.get(KEY)
+        scope[KEY] = True
+        request = None
+        if served.admission is not None:
+            request = scope[KEY] = AdmittedRequest(served.admission, receive, send)
+            receive, send = request.receive, request.send
+        try:
+            if served.retry is not None or endpoint_retries.max_body is not None:
+                return await serve(self.app, served, scope, receive, send)
+            gate = ResponseGate(served, get_innermost(), scope, receive, send)
+            return await serve_once(self.app, gate, scope)
+        finally:
+            if request is not None:
+                request.close()
+            if around is None:
+                scope.pop(KEY, None)
+            else:
+                scope[KEY] = around
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Serve what has no session of its own."""
@@ -265,6 +304,17 @@ def _check_databases(
 
 
 _databases: WeakValueDictionary[int, Database[Any]] = WeakValueDictionary()
+
+
+def _check_asynchronous(databases: Iterable[Database[Any]]) -> None:
+    for database in databases:
+        if database.is_sync:
+            msg = (
+                f"max_concurrent is for asynchronous databases, and {database!r} is synchronous: "
+                "who waits would hold a worker thread, which those inside may need. The threads "
+                "are the limit there: anyio.to_thread.current_default_thread_limiter()."
+            )
+            raise ConfigurationError(msg)
 
 
 def _database_of(engine: AsyncEngine | Engine) -> Database[Any]:

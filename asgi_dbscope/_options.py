@@ -45,6 +45,8 @@ class ScopeOptions:
 
         idle_timeout: Seconds after which it is ended.
 
+        is_admitted: Whether a request has to ask before it takes its first connection.
+
         shapes_nothing: Whether a transaction begins just as the engine does it.
 
         is_timed: Whether it matters when a transaction began.
@@ -63,6 +65,7 @@ class ScopeOptions:
     retry: Retry | None = None
     idle_warning: float | None = None
     idle_timeout: float | None = None
+    is_admitted: bool = False
     shapes_nothing: bool = field(init=False, compare=False, repr=False, default=True)
     is_timed: bool = field(init=False, compare=False, repr=False, default=False)
 
@@ -72,6 +75,7 @@ class ScopeOptions:
             and self.isolation_level is None
             and not self.read_only
             and self.checkout_timeout is None
+            and not self.is_admitted
         )
         object.__setattr__(self, "shapes_nothing", shapes_nothing)  # it is frozen
         for name in SECONDS:

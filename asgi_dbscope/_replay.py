@@ -58,7 +58,7 @@ async def serve(app: AnyASGIApp, served: Served, scope: Scope, receive: Receive,
         while True:
             hand_back = partial(_hand_back, scope, current)
             gate = AttemptGate(served, outer, current, recording, send, attempt, hand_back)
-            result = await _serve_once(app, gate, current)
+            result = await serve_once(app, gate, current)
             if gate.delay is None:
                 return result
             lost = gate.lost
@@ -84,7 +84,8 @@ def _hand_back(scope: Scope, current: Scope) -> None:
         scope.update(current)
 
 
-async def _serve_once(app: AnyASGIApp, gate: AttemptGate, scope: Scope) -> Any:
+async def serve_once(app: AnyASGIApp, gate: ResponseGate, scope: Scope) -> Any:
+    """Serve a request, or an attempt of it, through *gate*."""
     token = set_innermost(gate)
     try:
         result = await app(scope, gate.receive, gate.send)

@@ -12,6 +12,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbscope import _dialects
+from asgi_dbscope._admission import KEY, AdmittedRequest
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._current import is_of_another_task
@@ -254,6 +255,13 @@ class SessionScope(Lifecycle, Generic[S]):
         Only with ``Database(resolve_in_doubt=True)``, and if something was written.
         """
         return None if self.transaction is None else self.transaction.number
+
+    @property
+    def admitted_request(self) -> AdmittedRequest | None:
+        """The request that it serves, where requests are admitted."""
+        asgi_scope = self._asgi_scope
+        request = None if asgi_scope is None else asgi_scope.get(KEY)
+        return request if isinstance(request, AdmittedRequest) else None
 
     @property
     def block_label(self) -> str | None:

@@ -16,6 +16,7 @@ from sqlalchemy import Engine, TextClause, event
 from sqlalchemy.exc import DBAPIError, SAWarning
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.util import await_only
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._checkout import is_exhausted, note_pool, pool_note
@@ -369,6 +370,8 @@ def _shaped_bind(
 ) -> Engine | Connection:
     """The variant of *bind* that begins transactions as the scope's options say."""
     shape = scope.shape
+    if shape.is_admitted and scope.state not in OPEN:
+        _ask_for_admission(scope)
     mode = shape.mode
     if mode == "autocommit":
         transaction = session.get_transaction()
@@ -391,6 +394,14 @@ def _shaped_bind(
     if not execution_options and shape.checkout_timeout is None:
         return bind
     return scope.database.shaped_engine(bind, execution_options)
+
+
+def _ask_for_admission(scope: SessionScope[Any]) -> None:
+    """Let the request wait for its turn, if it has had none; a connection is taken after that."""
+    request, use = scope.admitted_request, scope.use
+    if request is None or request.has_asked or use is None or use.is_free:
+        return  # it has its place, or somebody only wants to know the engine
+    await_only(request.enter(scope.label))
 
 
 def _leave_autocommit(session: Session, *, nested: bool) -> None:

@@ -1,0 +1,212 @@
+"""Admission: how many requests of a middleware may work with the database at the same time.
+
+A request asks when it is about to take its first connection, and keeps its place to its response;
+one that uses no session never asks. Who has to wait holds nothing, in the order of their coming,
+and leaves the queue with its client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from asgi_dbscope._messages import type_of
+from asgi_dbscope._options import check_seconds
+from asgi_dbscope.errors import ConfigurationError, OverloadedError
+
+if TYPE_CHECKING:
+    from asgi_dbscope._asgi import Message, Receive, Send
+
+KEY = "asgi_dbscope"
+"""The key in the ASGI scope that says: this very request has been here."""
+
+MOST_KEPT = 65536
+"""Bytes of a request's body that are kept while it is looked whether its client has left."""
+
+
+class Admission:
+    """The places of a middleware, and who waits for one.
+
+    Args:
+        most: How many requests have a place at the same time.
+
+        waiting: How many may wait; ``None`` is any number.
+
+        timeout: Seconds that one may wait.
+
+    Raises:
+        ConfigurationError: If an argument is wrong.
+    """
+
+    def __init__(self, most: int, waiting: int | None, timeout: float) -> None:
+        _check_number("max_concurrent", most, 1)
+        if waiting is not None:
+            _check_number("max_waiting", waiting, 0)
+        self.timeout = check_seconds("waiting_timeout", timeout)
+        self.most = most
+        self.waiting = waiting
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._taken = 0
+
+    def __repr__(self) -> str:
+        return f"<Admission: {self._taken} of {self.most} inside, {len(self._queue)} waiting>"
+
+    async def enter(self, client: ReadAhead, label: str) -> None:
+        """Take a place, when it is this request's turn.
+
+        Raises:
+            OverloadedError: If there is none in time, too many wait already, or the client left.
+        """
+        if self._taken < self.most:
+            self._taken += 1
+        elif self.waiting is not None and len(self._queue) >= self.waiting:
+            msg = f"{label} was not let in: {self._figures} (max_concurrent, max_waiting)."
+            raise OverloadedError(msg)
+        else:
+            await self._wait(client, label)
+
+    async def _wait(self, client: ReadAhead, label: str) -> None:
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        watching = asyncio.create_task(client.until_gone())
+        try:
+            await asyncio.wait(
+                [turn, watching], timeout=self.timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+        except asyncio.CancelledError:
+            self._leave_queue(turn)
+            raise
+        finally:
+            watching.cancel()
+        if turn.done():
+            return
+        self._leave_queue(turn)
+        why = "its client has left" if watching.done() else f"it waited {self.timeout:g} seconds"
+        msg = f"{label} was not let in: {why}, and {self._figures} (max_concurrent)."
+        raise OverloadedError(msg)
+
+    def _leave_queue(self, turn: asyncio.Future[None]) -> None:
+        if turn.done():  # in the very moment of a cancellation
+            self.leave()
+        else:
+            self._queue.remove(turn)
+
+    @property
+    def _figures(self) -> str:
+        return f"{self._taken} requests are being served, {len(self._queue)} wait"
+
+    def leave(self) -> None:
+        """A place is free: it is the next one's."""
+        if self._queue:
+            self._queue.popleft().set_result(None)
+        else:
+            self._taken -= 1
+
+
+class AdmittedRequest:
+    """A request that has to ask for a place, and gives it back with its response.
+
+    Attributes:
+        has_asked: Whether it has a place, has had one, or needs none any more: what its body or its
+            background work needs is the end of something that was begun.
+
+        receive: The app's ``receive``.
+    """
+
+    def __init__(self, admission: Admission, receive: Receive, send: Send) -> None:
+        self.has_asked = False
+        self.receive = ReadAhead(receive)
+        self._admission = admission
+        self._send = send
+        self._is_inside = False
+
+    async def enter(self, label: str) -> None:
+        """Wait for a place.
+
+        Raises:
+            OverloadedError: If there is none in time, too many wait already, or the client left.
+        """
+        await self._admission.enter(self.receive, label)
+        self.has_asked = self._is_inside = True
+
+    async def send(self, message: Message) -> None:
+        """Send what the response gate lets through: its transaction is over by the head."""
+        if type_of(message) == "http.response.start":
+            self._leave()
+        await self._send(message)
+
+    def _leave(self) -> None:
+        self.has_asked = True
+        if self._is_inside:
+            self._is_inside = False
+            self._admission.leave()
+
+    def close(self) -> None:
+        """The request is over."""
+        self._leave()
+        self.receive.close()
+
+
+class ReadAhead:
+    """An app's ``receive`` that can be looked ahead in: nothing is lost, nor comes out of order.
+
+    A server tells by a message that the client has left, after those of the body. So what comes
+    before it is kept for the app, as long as it isn't much.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._kept: deque[Message] = deque()
+        self._size = 0
+        self._pending: asyncio.Task[Message] | None = None
+        self._receivers = 0
+
+    async def __call__(self) -> Message:
+        """The next message, for the app."""
+        if self._kept:
+            return self._kept.popleft()
+        pending = self._pending
+        if pending is None:
+            self._receivers += 1
+            try:
+                return await self._receive()
+            finally:
+                self._receivers -= 1
+        await asyncio.wait([pending])
+        if self._pending is pending:
+            self._pending = None
+            return pending.result()
+        return await self()  # somebody else was first
+
+    async def until_gone(self) -> None:
+        """Return when the client has left; never, where that can't be seen from here."""
+        while not self._receivers and self._size <= MOST_KEPT:
+            if self._kept and type_of(self._kept[-1]) == "http.disconnect":
+                return
+            if self._pending is None:
+                self._pending = asyncio.create_task(_fetch(self._receive))
+            pending = self._pending
+            await asyncio.wait([pending])
+            if self._pending is not pending or pending.cancelled() or pending.exception():
+                break  # the app has it, or will
+            self._pending = None
+            message = pending.result()
+            self._kept.append(message)
+            self._size += len(message.get("body", b""))
+        await asyncio.get_running_loop().create_future()
+
+    def close(self) -> None:
+        """The request is over."""
+        if self._pending is not None:
+            self._pending.cancel()
+
+
+async def _fetch(receive: Receive) -> Message:
+    return await receive()
+
+
+def _check_number(name: str, value: Any, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        msg = f"{name} must be a whole number of requests, {least} or more; got {value!r}."
+        raise ConfigurationError(msg)
