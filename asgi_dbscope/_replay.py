@@ -155,7 +155,8 @@ class Recording:
         kept = dict(message)
         content = kept.get("body")
         if isinstance(content, (bytes, bytearray, memoryview)):  # else the app is to object to it
-            kept["body"] = content = bytes(content)  # who sent it may use its memory again
+            content = bytes(cast("bytes", content))  # who sent it may use its memory again
+            kept["body"] = content
             self.size += len(content)
         self.messages.append(kept)
         self.is_complete = not kept.get("more_body", False)
