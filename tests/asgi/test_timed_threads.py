@@ -2,6 +2,7 @@
 
 import threading
 from time import monotonic
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -44,7 +45,7 @@ def wait_for(condition):
 async def test_time_that_is_up_with_the_commit_is_no_error(engine, drive, moment):
     """G1: whether the clock struck just before or after COMMIT was answered, the answer counts."""
     db = Database(engine)
-    scopes = []
+    scopes: list[Any] = []
 
     @sa.event.listens_for(engine, moment)
     def be_late(*args):

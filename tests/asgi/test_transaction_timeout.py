@@ -2,6 +2,7 @@
 
 import asyncio
 from time import monotonic
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -58,7 +59,7 @@ async def test_statement_that_takes_too_long_is_interrupted(db, drive, rows):
 @pytest.mark.parametrize("status", [201, 404])
 async def test_time_that_is_up_after_the_end_is_no_error(db, engine, drive, rows, status):
     """G1, G3: while the connection goes back to the pool, what was answered stays answered."""
-    scopes = []
+    scopes: list[Any] = []
 
     @sa.event.listens_for(engine.sync_engine, "reset")
     def be_late(*args):
@@ -84,7 +85,7 @@ async def test_time_that_is_up_after_the_end_is_no_error(db, engine, drive, rows
 @ON_ALL
 async def test_transaction_is_over_in_time_also_where_nobody_uses_it(db, drive, rows, engine):
     """While the handler waits elsewhere: rolled back at once, the connection free; no 2xx."""
-    scopes = []
+    scopes: list[Any] = []
 
     async def app(scope, receive, send):
         session_scope = current_scope()
