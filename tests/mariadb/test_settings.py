@@ -223,6 +223,23 @@ async def test_ddl_commits_what_was_before_it(db, drive, rows):
     assert [1] == await rows()
 
 
+async def test_server_that_the_url_calls_mariadb_is_the_same(mariadb_schema, engine, rows):
+    """G20, G21: `mariadb+asyncmy://` is another dialect of SQLAlchemy's, with the same promises."""
+    async with Database(engine).session_scope() as session:
+        session.add(Item(id=1))
+    db: Database[Any] = Database(mariadb_schema.url.set(drivername="mariadb+asyncmy"))
+
+    async with db.session_scope(read_only=True, isolation_level="SERIALIZABLE") as session:
+        assert await is_serializable(session, engine)
+        assert await is_read_only(session)
+    with pytest.raises(TransactionTimeoutError):
+        async with db.transactional(timeout=0.1) as session:
+            await session.execute(sa.text("SELECT SLEEP(20)"))
+    await db.dispose()
+
+    assert [1] == await rows()
+
+
 async def test_requests_with_and_without_settings_do_not_mix(db, drive, rows):
     """G12, G20: at the same time, each has the settings it asked for."""
 
