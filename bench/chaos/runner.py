@@ -51,8 +51,8 @@ TELLTALES = {
 }
 """What the app's log is read for."""
 
-PATIENT = frozenset({"asyncpg"})
-"""Drivers that can be told how long to wait for an answer; the others would wait for ever."""
+IMPATIENT = frozenset({"asyncpg", "ours_all"})
+"""Drivers that are told how long to wait for an answer, and who sees to it without them."""
 
 TRIED = 100
 """Requests that must succeed after each storm."""
@@ -142,7 +142,8 @@ class Run:
         url = proxy.url.set(drivername=f"postgresql+{self.results.driver}")
         async with App(self._python, self.results.contestant, url, each.pool_size, log) as app:
             visitors = Visitors(app.port, self._chance, self._ids)
-            faults = Faults(proxy, server, self._chance, swallows=self.results.driver in PATIENT)
+            is_impatient = bool(IMPATIENT & {self.results.contestant, self.results.driver})
+            faults = Faults(proxy, server, self._chance, swallows=is_impatient)
             await app.state()  # with nothing under way: what is there now is the server's own
             self.results.versions = app.versions
             self._tell(self.results, f"storm: {each.clients} clients, a pool of {each.pool_size}")

@@ -1,6 +1,7 @@
 """`DBSessionMiddleware` with all that it has for bad days.
 
-It asks PostgreSQL what became of a COMMIT that got no answer, and repeats what lost to a conflict.
+It asks PostgreSQL what became of a COMMIT that got no answer, repeats what lost to a conflict, and
+waits for nothing without end, whatever the driver does.
 """
 
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -12,4 +13,8 @@ from bench.chaos.contestants import ours
 
 def make(engine: AsyncEngine) -> Contestant:
     """The app."""
-    return ours.make(engine, {"resolve_in_doubt": True}, {"retry": Retry()})
+    return ours.make(
+        engine,
+        {"resolve_in_doubt": True, "checkout_timeout": 1.5},
+        {"retry": Retry(), "timeout": 3.0},
+    )
