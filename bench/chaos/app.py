@@ -22,7 +22,7 @@ IN_DOUBT = "in doubt"
 APPLICATION_NAME = "chaos app"
 """What PostgreSQL calls its connections."""
 
-GRACE = 3
+GRACE = 5
 """Seconds that requests under way have after SIGTERM."""
 
 STATE = "/-/state"
@@ -123,7 +123,8 @@ def add_transfers(contestant: Contestant) -> None:
             tasks.add_task(write_receipt, session, order.id)
         return {"transfer": order.id}
 
-    contestant.app.post("/transfers", status_code=201)(transfer)
+    # The request's id is in the path for the sake of the log.
+    contestant.app.post("/transfers/{number}", status_code=201)(transfer)
 
     @contestant.app.get("/balance")
     async def balance(session: session_type) -> int:
@@ -165,7 +166,7 @@ def add_statements(contestant: Contestant) -> None:
                 yield f"page {number}\n".encode().ljust(4096)
                 await asyncio.sleep(0.005)
 
-    @contestant.app.post("/statements")
+    @contestant.app.post("/statements/{number}")
     async def statement(order: Order, session: session_type, pages: int) -> StreamingResponse:
         await ledger.take(session, order.sender, 1)
         await ledger.take(session, order.recipient, -1)

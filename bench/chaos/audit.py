@@ -32,7 +32,7 @@ class Findings:
 
         present: Answered with an error that claims to know, and there.
 
-        in_doubt: Answered with *in doubt*: how many were committed, how many rolled back.
+        in_doubt: Said to be in doubt: how many were committed, how many rolled back.
 
         halves: Transfers, bodies and balances of which only a part is there.
 
@@ -58,8 +58,14 @@ class Findings:
             kept.append(what)
 
 
-async def audit(connection: Connection, asked: Iterable[Asked], findings: Findings) -> None:
-    """Compare what clients were told with what is there; nothing is under way any more."""
+async def audit(
+    connection: Connection, asked: Iterable[Asked], doubted: set[int], findings: Findings
+) -> None:
+    """Compare what clients were told with what is there; nothing is under way any more.
+
+    *doubted* are the requests that the app's log says are in doubt: a server that ends answers a
+    request that it cancels by itself.
+    """
     requests = list(asked)
     ids = [each.id for each in requests]
     present = await _counts(connection, "SELECT id, 1 FROM transfer WHERE id = ANY(%s)", ids)
@@ -69,7 +75,8 @@ async def audit(connection: Connection, asked: Iterable[Asked], findings: Findin
         ids,
     )
     for each in requests:
-        judge(each, each.id in present, pages.get(each.id, 0), findings)
+        is_doubted = each.id in doubted
+        judge(each, each.id in present, pages.get(each.id, 0), findings, is_doubted=is_doubted)
     await _find_halves(connection, ids, findings)
 
 
@@ -78,17 +85,25 @@ async def _counts(connection: Connection, query: LiteralString, ids: list[int]) 
     return {row[0]: row[1] for row in await found.fetchall()}
 
 
-def judge(each: Asked, is_present: bool, pages: int, findings: Findings) -> None:
+def judge(
+    each: Asked, is_present: bool, pages: int, findings: Findings, *, is_doubted: bool = False
+) -> None:
     """Compare what a client was told with what is there."""
     answer = each.answer
     became = "committed" if is_present else "rolled back"
     findings.requests += 1
     findings.statuses[answer.status] += 1
     findings.hung[each.kind] += answer.is_hung
-    what = {"id": each.id, "kind": each.kind, "status": answer.status}
+    what = {
+        "id": each.id,
+        "kind": each.kind,
+        "status": answer.status,
+        "body": answer.body[:200].decode(errors="replace"),
+        "pages": pages,
+    }
     if answer.status == 0:
         findings.unanswered[became] += 1
-    elif answer.headers.get(OUTCOME) == IN_DOUBT:
+    elif answer.status >= 400 and (is_doubted or answer.headers.get(OUTCOME) == IN_DOUBT):  # noqa: PLR2004 - an error
         findings.in_doubt[became] += 1
         findings.name("in doubt", {**what, "became": became})
     elif answer.status < 400:  # noqa: PLR2004 - a success
@@ -100,7 +115,7 @@ def judge(each: Asked, is_present: bool, pages: int, findings: Findings) -> None
         findings.name("present", what)
     if pages not in {0, each.pages}:
         findings.halves["body"] += 1
-        findings.name("halves", {**what, "pages": pages})
+        findings.name("halves", what)
 
 
 async def _find_halves(connection: Connection, ids: list[int], findings: Findings) -> None:

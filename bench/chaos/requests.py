@@ -87,14 +87,14 @@ class Visitors:
     ) -> Answer:
         """Ask for a transfer, and keep what came of it."""
         content = {"id": next(self.ids), **self._accounts(), **options}
-        answer = await client.request("POST", "/transfers", content, **how)
+        answer = await client.request("POST", f"/transfers/{content['id']}", content, **how)
         self._note(Asked(content["id"], kind, answer))
         return answer
 
     async def statement(self, kind: str, client: Client, **how: Any) -> Answer:
         """Ask for a stream, and keep what came of it."""
         content = {"id": next(self.ids), **self._accounts()}
-        path = f"/statements?pages={PAGES}"
+        path = f"/statements/{content['id']}?pages={PAGES}"
         answer = await client.request("POST", path, content, **how)
         self._note(Asked(content["id"], kind, answer, PAGES))
         return answer

@@ -51,6 +51,9 @@ TELLTALES = {
 }
 """What the app's log is read for."""
 
+DOUBTED = re.compile(r"s/(\d+)[: ].*may or may not have been committed")
+"""A line of that log that says of a request that it is in doubt."""
+
 IMPATIENT = frozenset({"asyncpg", "ours_all"})
 """Drivers that are told how long to wait for an answer, and who sees to it without them."""
 
@@ -160,8 +163,8 @@ class Run:
                 )
                 self.results.left["servers that didn't end"] += not await app.end()
             faults.counts["SIGTERM"] += 1
-        await self._settle_accounts(server, visitors, faults)
         told = log.read_text(errors="replace")
+        await self._settle_accounts(server, visitors, faults, {*map(int, DOUBTED.findall(told))})
         for pattern, name in TELLTALES.items():
             self.results.log[name] += len(re.findall(pattern, told))
 
@@ -192,7 +195,7 @@ class Run:
         for _ in range(TRIED):
             one, other = self._chance.sample(range(ledger.ACCOUNTS), 2)
             content = {"id": next(self._ids), "sender": one, "recipient": other}
-            answer = await client.request("POST", "/transfers", content)
+            answer = await client.request("POST", f"/transfers/{content['id']}", content)
             self.results.next_tried += 1
             if answer.status != 201:  # noqa: PLR2004
                 self.results.next_failed += 1
@@ -200,7 +203,7 @@ class Run:
         client.leave()
 
     async def _settle_accounts(
-        self, server: WheelServer, visitors: Visitors, faults: Faults
+        self, server: WheelServer, visitors: Visitors, faults: Faults, doubted: set[int]
     ) -> None:
         """The audit of one round; its server is gone."""
         results = self.results
@@ -212,7 +215,7 @@ class Run:
                     results.left["backends of a server that is gone"] += 1
                     break
                 await asyncio.sleep(0.1)
-            await audit(connection, visitors.asked, results.findings)
+            await audit(connection, visitors.asked, doubted, results.findings)
         finally:
             await connection.close()
         results.faults += faults.counts

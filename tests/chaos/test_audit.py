@@ -119,6 +119,21 @@ def test_the_audit_finds_what_is_wrong(answer, is_present, pages, finding):
     assert (finding in found) if finding else not found
 
 
+def test_the_audit_believes_the_log_of_a_doubt():
+    """What a server answers by itself to a request that it cancels says nothing of the COMMIT."""
+    findings = Findings()
+    judge(
+        Asked(1, "transfer", Answer(500)),
+        is_present=True,
+        pages=0,
+        findings=findings,
+        is_doubted=True,
+    )
+
+    assert {"committed": 1} == findings.in_doubt
+    assert not findings.present
+
+
 def test_page_explains_every_fault():
     """The documentation has a line for each kind of request and each kind of fault."""
     page = (Path(__file__).parents[2] / "docs" / "reliability.md").read_text()
