@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from asgi_dbscope._messages import type_of
 from asgi_dbscope._options import check_seconds
@@ -120,6 +120,7 @@ class AdmittedRequest:
         self._admission = admission
         self._send = send
         self._is_inside = False
+        self._entering = asyncio.Lock()
 
     async def enter(self, label: str) -> None:
         """Wait for a place.
@@ -127,8 +128,14 @@ class AdmittedRequest:
         Raises:
             OverloadedError: If there is none in time, too many wait already, or the client left.
         """
-        await self._admission.enter(self.receive, label)
-        self.has_asked = self._is_inside = True
+        async with self._entering:  # two tasks may ask, for the sessions of two databases
+            if self.has_asked:
+                return
+            await self._admission.enter(self.receive, label)
+            if self.has_asked:  # its response went out without it: nobody would give it back
+                self._admission.leave()
+                return
+            self.has_asked = self._is_inside = True
 
     async def send(self, message: Message) -> None:
         """Send what the response gate lets through: its transaction is over by the head."""
@@ -159,6 +166,7 @@ class ReadAhead:
         self._receive = receive
         self._kept: deque[Message] = deque()
         self._size = 0
+        self._is_complete = False
         self._pending: asyncio.Task[Message] | None = None
         self._receivers = 0
 
@@ -191,10 +199,21 @@ class ReadAhead:
             if self._pending is not pending or pending.cancelled() or pending.exception():
                 break  # the app has it, or will
             self._pending = None
-            message = pending.result()
-            self._kept.append(message)
-            self._size += len(message.get("body", b""))
+            if not self._keep(pending.result()):
+                break
         await asyncio.get_running_loop().create_future()
+
+    def _keep(self, message: Message) -> bool:
+        """Keep *message* for the app; whether another one can be expected."""
+        self._kept.append(message)
+        kind = type_of(message)
+        if kind != "http.request":
+            return kind == "http.disconnect"
+        content = message.get("body", b"")
+        if isinstance(content, (bytes, bytearray, memoryview)):  # else the app is to object to it
+            self._size += len(cast("bytes", content))
+        was_complete, self._is_complete = self._is_complete, not message.get("more_body", False)
+        return not was_complete  # more after the end says nothing new, and may come for ever
 
     def close(self) -> None:
         """The request is over."""

@@ -60,8 +60,9 @@ def read_head(message: Message, scope: Scope) -> tuple[int, tuple[tuple[bytes, b
     """
     status = message.get("status")
     if not isinstance(status, int) or isinstance(status, bool) or status not in FINAL:
-        shown = status if isinstance(status, int) and abs(status) < FINAL.stop else type(status)
-        _refuse(scope, f"a response head with the status {shown}, which is none")
+        is_short = isinstance(status, int) and abs(status) < FINAL.stop
+        shown = str(status) if is_short else f"of type {type(status).__name__}"
+        _refuse(scope, f"a response head with a status {shown}, which is none")
     given: Any = message.get("headers", ())
     try:
         headers: tuple[tuple[bytes, bytes], ...] = tuple(given)

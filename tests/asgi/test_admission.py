@@ -244,22 +244,58 @@ async def test_request_that_is_cancelled_in_the_queue_leaves_it(db, drive):
     assert 200 == (await drive(admitted, http_scope("/3"))).status
 
 
-async def test_two_databases_of_one_request_take_one_place(make_engine, drive):
-    """G14: it is requests that are counted, not sessions."""
-    engines = [make_engine("sqlite", file=f"{name}.db") for name in "ab"]
-    databases = [Database(each, name=f"db{n}") for n, each in enumerate(engines)]
+async def test_child_task_that_outlives_its_request_takes_no_place(engine, drive):
+    """G22: a turn that comes when the request is over goes to the next one."""
+    db = Database(engine, cleanup_timeout=0.05)
+    counter = Counter(db)
+    children: list[asyncio.Task[Any]] = []
 
     async def app(scope, receive, send):
-        for each in databases:
-            await each.session.execute(sa.text("SELECT 1"))
+        if scope["path"] != "/leave":
+            await counter(scope, receive, send)
+            return
+        children.append(asyncio.create_task(db.session.execute(sa.text("SELECT 1"))))
+        await asyncio.sleep(0)
         await respond(send)
 
-    admitted = DBSessionMiddleware(app, databases=databases, max_concurrent=1, waiting_timeout=0.1)
-    exchange = await drive(admitted)
+    admitted = DBSessionMiddleware(app, database=db, max_concurrent=1)
+    first = asyncio.create_task(drive(admitted, http_scope("/1")))
+    await until(lambda: counter.order)
+    await drive(admitted, http_scope("/leave"))
+    for _ in range(2):
+        counter.may_go.release()
+    await first
+    await asyncio.wait(children)
+
+    assert isinstance(children[0].exception(), Exception)
+    assert 200 == (await drive(admitted, http_scope("/2"))).status
+
+
+async def test_two_databases_of_one_request_take_one_place(make_engine, drive):
+    """G14: it is requests that are counted, not sessions, also where two ask at the same time."""
+    engines = [make_engine("sqlite", file=f"{name}.db") for name in "ab"]
+    databases = [Database(each, name=f"db{n}") for n, each in enumerate(engines)]
+    counter = Counter(databases[0])
+    one = sa.text("SELECT 1")
+
+    async def app(scope, receive, send):
+        if scope["path"] == "/hold":
+            await counter(scope, receive, send)
+            return
+        await asyncio.gather(*(each.session.execute(one) for each in databases))
+        await respond(send)
+
+    admitted = DBSessionMiddleware(app, databases=databases, max_concurrent=1, waiting_timeout=5)
+    holder = asyncio.create_task(drive(admitted, http_scope("/hold")))
+    await until(lambda: counter.order)
+    waiting = asyncio.create_task(drive(admitted))
+    await asyncio.sleep(0.02)
+    counter.may_go.release()
+    exchanges = [await holder, await waiting, await drive(admitted)]
     for each in engines:
         await each.dispose()
 
-    assert 200 == exchange.status
+    assert [200] * 3 == [each.status for each in exchanges]
 
 
 async def test_second_middleware_leaves_the_first_ones_request_alone(make_engine, db, drive):
@@ -328,6 +364,36 @@ async def test_look_ahead_keeps_no_more_than_a_little():
 
     assert 2 == given
     assert chunk is await receive()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"type": "http.request", "body": b"", "more_body": False},
+        {"type": "http.request", "body": "text"},
+        {"type": "http.request", "body": None},
+        {"type": 5},
+        None,
+    ],
+    ids=["nothing new", "body str", "body None", "type int", "none"],
+)
+async def test_message_that_says_nothing_is_no_clients_leaving(message):
+    """G14, G18: a server that always has one, or a strange one, isn't asked for ever."""
+    given = 0
+
+    async def endless():
+        nonlocal given
+        given += 1
+        return message
+
+    receive = ReadAhead(endless)
+    watching = asyncio.create_task(receive.until_gone())
+    await asyncio.sleep(0.02)
+
+    assert not watching.done()
+    watching.cancel()
+    assert 2 >= given
+    assert message is await receive()
 
 
 async def test_app_that_is_receiving_is_not_disturbed():
