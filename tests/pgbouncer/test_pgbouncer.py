@@ -322,6 +322,30 @@ async def test_more_requests_than_server_connections_are_served(db, drive, rows)
     assert most <= SERVER_CONNECTIONS
 
 
+# psycopg does the same, five seconds later: it waits that long for the cancellation to be answered.
+@pytest.mark.parametrize("driver", ["asyncpg"], indirect=True)
+async def test_wait_for_a_server_connection_ends_in_time(db, engine, drive, rows):
+    """A request's `timeout` bounds the wait inside the pooler, and it serves the next request."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=int(scope["path"][1:])))
+        await respond(send)
+
+    wrapped = DBSessionMiddleware(app, database=db, timeout=0.3)
+    holders = [await engine.connect() for _ in range(SERVER_CONNECTIONS)]
+    for holder in holders:
+        await holder.scalar(PID)
+    async with asyncio.timeout(10):
+        late = await drive(wrapped, http_scope("/1"))
+    for holder in holders:
+        await holder.close()
+    served = await drive(wrapped, http_scope("/2"))
+
+    assert 504 == late.status
+    assert 200 == served.status
+    assert [2] == await rows()
+
+
 async def test_settings_end_with_their_transaction(engine, drive):
     """G20: isolation, read-only, timeout and label hold, and no later client has them.
 
