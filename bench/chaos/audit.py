@@ -51,6 +51,11 @@ class Findings:
     hung: Counter[str] = field(default_factory=Counter)
     named: dict[str, list[Any]] = field(default_factory=dict)
 
+    @property
+    def acknowledged(self) -> int:
+        """How many got a success."""
+        return sum(count for status, count in self.statuses.items() if 0 < status < 400)  # noqa: PLR2004
+
     def name(self, finding: str, what: object) -> None:
         """Keep what a count stands for."""
         kept = self.named.setdefault(finding, [])
