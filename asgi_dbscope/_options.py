@@ -51,6 +51,8 @@ class ScopeOptions:
 
         is_timed: Whether it matters when a transaction began.
 
+        watches_idling: Whether it matters that a transaction idles.
+
     Raises:
         ConfigurationError: If a value is unknown, or two of them exclude each other.
     """
@@ -68,6 +70,7 @@ class ScopeOptions:
     is_admitted: bool = False
     shapes_nothing: bool = field(init=False, compare=False, repr=False, default=True)
     is_timed: bool = field(init=False, compare=False, repr=False, default=False)
+    watches_idling: bool = field(init=False, compare=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
         shapes_nothing = (
@@ -82,6 +85,8 @@ class ScopeOptions:
             object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
         is_timed = any(getattr(self, name) is not None for name in SECONDS)
         object.__setattr__(self, "is_timed", is_timed)
+        watches_idling = self.idle_warning is not None or self.idle_timeout is not None
+        object.__setattr__(self, "watches_idling", watches_idling)
         check_choice("mode", self.mode, get_args(Mode))
         check_choice("stream", self.stream, get_args(Stream))
         _check_policy(self.commit_policy)
@@ -96,11 +101,6 @@ class ScopeOptions:
                 "apply to; use mode='transaction' with them, or leave them out."
             )
             raise ConfigurationError(msg)
-
-    @property
-    def watches_idling(self) -> bool:
-        """Whether it matters that a transaction idles."""
-        return self.idle_warning is not None or self.idle_timeout is not None
 
     def changed(self, changes: dict[str, Any]) -> ScopeOptions:
         """A copy with *changes*, validated."""

@@ -192,12 +192,10 @@ def _committing_inside(commit: Callable[..., Any]) -> Callable[..., Any]:
         use.scope.check_can_commit()
         try:
             commit(self)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again
             real = _real(use, error)
             if not settle_doubt(self, use, real):
-                if real is error:
-                    raise
-                raise real from error
+                raise real  # noqa: B904 - *error* itself, mostly
 
     return commit_inside
 
@@ -214,9 +212,7 @@ class _TransactionByHand(SessionTransaction):
                 raise
             real = _real(session.use, error)
             if not settle_doubt(session, session.use, real):
-                if real is error:
-                    raise
-                raise real from error
+                raise real  # noqa: B904 - *error* itself, mostly
 
 
 def _rolling_back(rollback: Callable[..., Any]) -> Callable[..., Any]:

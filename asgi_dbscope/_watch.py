@@ -92,18 +92,20 @@ class TransactionWatch(ABC):
         """A moment has come; find out which."""
         if self.is_over or self.scope.is_rolling_back:
             return  # nothing is claimed of a rollback, and it has a deadline of its own
-        if self.deadline is not None and monotonic() >= self.deadline:
-            self._time_out()
+        if self._is_late:
+            self._expire(self._timeout_error())
         elif not (self.scope.shape.watches_idling and self._has_idled()):
             self.start()
 
-    def _time_out(self) -> None:
-        scope = self.scope
-        msg = (
-            f"The transaction of {scope.label} took longer than its timeout of "
-            f"{scope.shape.timeout:g} seconds and was rolled back."
+    @property
+    def _is_late(self) -> bool:
+        return self.deadline is not None and monotonic() >= self.deadline
+
+    def _timeout_error(self) -> TransactionTimeoutError:
+        return TransactionTimeoutError(
+            f"The transaction of {self.scope.label} took longer than its timeout of "
+            f"{self.scope.shape.timeout:g} seconds and was rolled back."
         )
-        self._expire(TransactionTimeoutError(msg))
 
     def _has_idled(self) -> bool:
         """Warn of a transaction that idles, or end it; whether it was ended."""
@@ -189,20 +191,19 @@ class TransactionWatch(ABC):
     def convert(self, error: BaseException) -> BaseException:
         """What *error*, which an operation raised, really is."""
         scope = self.scope
-        if scope.expiry is None:
-            if self.deadline is None or not _dialects.is_statement_timeout(error):
-                return error
-            self._time_out()
+        if scope.expiry is None and self._is_late and _dialects.is_statement_timeout(error):
+            self._forbid(self._timeout_error())  # the server's clock was the faster one
         return scope.expiry or error
 
 
 class TaskWatch(TransactionWatch):
     """The clock of an asynchronous session's transaction: a timer of its event loop."""
 
+    _timer: asyncio.TimerHandle
+
     def __init__(self, scope: SessionScope[Any], use: SessionUse) -> None:
         super().__init__(scope, use)
         self._loop = cast("asyncio.AbstractEventLoop", scope.loop)
-        self._timer: asyncio.TimerHandle | None = None
         self._interrupted: asyncio.Task[Any] | None = None
         self._requests = 0
 
@@ -213,12 +214,12 @@ class TaskWatch(TransactionWatch):
         return place_of_task(self.use.left_by)
 
     def _expire(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
-        scope, use = self.scope, self.use
+        use = self.use
         self._forbid(error)
         inside: asyncio.Task[Any] | None = use.user or use.ender
         if inside is None:
             self._end_transaction()
-        elif use.user is not None or not scope.is_rolling_back:
+        else:
             self._interrupted = inside
             self._requests = inside.cancelling()
             inside.cancel()
@@ -251,8 +252,7 @@ class TaskWatch(TransactionWatch):
 
     def end(self) -> None:
         super().end()
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()
 
 
 class ThreadWatch(TransactionWatch):
@@ -261,9 +261,10 @@ class ThreadWatch(TransactionWatch):
     A thread can't be interrupted; its connection can be cut, which ends whatever it waits for.
     """
 
+    _timer: threading.Timer
+
     def __init__(self, scope: SessionScope[Any], use: SessionUse) -> None:
         super().__init__(scope, use)
-        self._timer: threading.Timer | None = None
         self._thread = threading.get_ident()
         self._frame = outermost_frame() if scope.shape.watches_idling else None
         self._lock = threading.Lock()
@@ -291,5 +292,4 @@ class ThreadWatch(TransactionWatch):
         with self._lock:
             super().end()
         self._frame = None
-        if self._timer is not None:
-            self._timer.cancel()
+        self._timer.cancel()

@@ -236,6 +236,33 @@ async def test_host_that_does_not_answer_is_given_up(driver, drive, caplog):
     assert issubclass(DatabaseUnreachableError, TimeoutError)
 
 
+async def test_timeout_of_the_drivers_own_stays_one(drive):
+    """G14: a driver that gives up earlier says so in its own words."""
+    may_go = asyncio.Event()
+
+    async def be_silent(reader, writer):
+        await may_go.wait()
+        writer.close()
+
+    server = await asyncio.start_server(be_silent, "127.0.0.1")
+    port = server.sockets[0].getsockname()[1]
+    url = f"postgresql+asyncpg://nobody@127.0.0.1:{port}/nothing"
+    engine = create_async_engine(url, connect_args={"timeout": 0.1})
+    db = Database(engine, checkout_timeout=30)
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.text("SELECT 1"))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    may_go.set()
+    server.close()
+    await server.wait_closed()
+    await engine.dispose()
+
+    assert isinstance(exchange.error, TimeoutError)
+    assert not isinstance(exchange.error, DatabaseUnreachableError)
+
+
 @ON_POSTGRES
 async def test_no_place_is_lost_however_many_give_up(engine, make_engine):
     """G10, G14: after hundreds of waits that ran out at any moment the pool is whole."""

@@ -1,6 +1,8 @@
 """`timeout`, `idle_warning` and `idle_timeout` of a synchronous database."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from time import monotonic
 from typing import Any
 
@@ -135,3 +137,18 @@ def test_idle_transaction_is_told_of_with_its_place(engine, caplog):
     assert "has been idle for" in message
     assert "wait_for() (asgi/test_timed_threads.py:" in message
     assert "`db.release()`" in message
+
+
+def test_place_of_a_thread_that_is_elsewhere_is_not_told(engine, caplog):
+    """A thread that has begun and gone on to other things says nothing of who waits."""
+    db = Database(engine, idle_warning=0.03)
+
+    def begin():
+        db.session.execute(sa.text("SELECT 1"))
+
+    with db.session_scope(), ThreadPoolExecutor(1) as threads:
+        threads.submit(copy_context().run, begin).result()
+        wait_for(lambda: caplog.messages)
+
+    [message] = caplog.messages
+    assert "holds a connection. Before such a wait" in message

@@ -158,6 +158,57 @@ async def test_transaction_in_time_is_none_the_wiser(db, drive, rows):
     assert [1] == await rows()
 
 
+@ON_POSTGRES
+@pytest.mark.parametrize("way", ["head", "by hand"])
+async def test_flush_that_waits_for_a_lock_at_commit_is_interrupted(db, drive, engine, rows, way):
+    """What COMMIT brings with it has what is left of the time, too."""
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.text("SELECT 1"))
+        await db.release()
+        if way == "by hand":
+            async with db.session.begin():
+                db.session.add(Item(id=1))
+        else:
+            await db.session.execute(sa.text("SELECT 1"))
+            db.session.add(Item(id=1))
+        await respond(send)
+
+    async with engine.connect() as connection:
+        await connection.execute(sa.insert(Item).values(id=1))
+        exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.2))
+
+    assert 504 == exchange.status
+    assert [] == await rows()
+
+
+@ON_POSTGRES
+async def test_statement_timeout_of_the_users_own_is_none_of_ours(db, drive):
+    """An error of the server's before the time is up stays what it is."""
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.text("SET LOCAL statement_timeout = 50"))
+        await db.session.execute(SLOW)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30))
+
+    assert isinstance(exchange.error, sa.exc.DBAPIError)
+
+
+@ON_POSTGRES
+async def test_server_may_be_faster_than_the_clock(db, drive):
+    """Where the server's own limit ends the statement first, it is the same error."""
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.text("SET LOCAL statement_timeout = 50"))
+        db.scope.watch.deadline = 0.0
+        await db.session.execute(SLOW)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30))
+
+    assert 504 == exchange.status
+
+
 SETTINGS = sa.text(
     "SELECT current_setting('statement_timeout'), "
     "current_setting('idle_in_transaction_session_timeout')"
