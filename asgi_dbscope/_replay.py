@@ -267,8 +267,11 @@ class AttemptGate(ResponseGate):
         return message
 
     def send(self, message: Message) -> Awaitable[None]:
-        """The app's ``send``: looks at each head, also where no transaction is open any more."""
-        if self.scopes and self._phase is Phase.RESPONSE:
+        """The app's ``send``: looks at each head, also where no transaction is open any more.
+
+        What a task of an attempt that is over still sends must not get into the next one's answer.
+        """
+        if self._phase is Phase.RESPONSE and (self.scopes or self._failure is not None):
             return self._settle_and_send(message, handled_exception())
         return super().send(message)
 
@@ -391,6 +394,7 @@ class AttemptGate(ResponseGate):
                 await self._settle_all(Cause.RAISED)
                 if self.delay is not None and self._attempt.fence is None:
                     redeliver(await self._close(Cause.RAISED))
+                    self._failure = self._failure or self.lost.error
                     return None
                 self.delay = None  # what the app did while it was unwound forbids it
                 if self._is_loser or self._failure is not None:

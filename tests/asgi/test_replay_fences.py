@@ -446,6 +446,41 @@ async def test_effect_while_the_app_is_unwound_forbids_the_replay(db, drive, cap
     assert [] == exchange.messages
 
 
+@pytest.mark.parametrize("answers", [True, False])
+async def test_task_of_a_lost_attempt_can_not_answer(answers, db, drive):
+    """G16: what an attempt that is over still sends is refused: the answer is the winner's."""
+    left: list[asyncio.Task[None]] = []
+    is_over = asyncio.Event()
+
+    async def app(scope, receive, send):
+        async def answer_late():
+            await is_over.wait()
+            await respond(send, 418)
+
+        await db.session.execute(sa.insert(Item).values(id=1))
+        if current_scope().attempt == 1:
+            left.append(asyncio.create_task(answer_late()))
+            await db.session.execute(sa.update(Item).values(note="lost"))
+        is_over.set()
+        await asyncio.wait(left)
+        await respond(send, 201)
+
+    async def raising(scope, receive, send):
+        try:
+            await app(scope, receive, send)
+        except sa.exc.DBAPIError:
+            if not answers:
+                raise
+            await respond(send, 500)
+
+    with inject_conflicts(db, at="UPDATE"):
+        exchange = await drive(DBSessionMiddleware(raising, database=db, retry=AT_ONCE))
+
+    assert 201 == exchange.status
+    assert 2 == len(exchange.messages)
+    assert left[0].exception() is not None
+
+
 async def test_several_databases_are_replayed_as_long_as_none_has_committed(
     engine, make_engine, drive, rows
 ):
