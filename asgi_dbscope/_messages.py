@@ -7,7 +7,7 @@ the message kept: some servers are lenient, and would tell the client of a succe
 
 from __future__ import annotations
 
-import re
+from string import ascii_letters, digits
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from asgi_dbscope._text import label_of
@@ -21,8 +21,11 @@ FINAL = range(200, 1000)
 
 _BODY_MESSAGES = frozenset({"http.response.body", "http.response.zerocopysend"})
 
-_is_token = re.compile(rb"[-!#$%&'*+.^_`|~0-9A-Za-z]+").fullmatch
-_has_line_break = re.compile(rb"[\0\r\n]").search
+_TOKEN = (ascii_letters + digits + "!#$%&'*+-.^_`|~").encode()
+"""What the name of a header is made of."""
+
+_LINE_BREAKS = b"\0\r\n"
+"""What no value of a header may have in it."""
 
 
 def type_of(message: Any) -> str | None:
@@ -59,7 +62,7 @@ def read_head(message: Message, scope: Scope) -> tuple[int, tuple[tuple[bytes, b
         MalformedMessageError: If they aren't what ASGI and HTTP say.
     """
     status = message.get("status")
-    if not isinstance(status, int) or isinstance(status, bool) or status not in FINAL:
+    if not isinstance(status, int) or status not in FINAL:
         is_short = isinstance(status, int) and abs(status) < FINAL.stop
         shown = str(status) if is_short else f"of type {type(status).__name__}"
         _refuse(scope, f"a response head with a status {shown}, which is none")
@@ -70,8 +73,9 @@ def read_head(message: Message, scope: Scope) -> tuple[int, tuple[tuple[bytes, b
             message["headers"] = list(headers)
         if headers:
             names, values = zip(*headers, strict=True)
-            are_names = b"" not in names and _is_token(b"".join(names))
-            if not are_names or _has_line_break(b"".join(values)):
+            value = b"".join(values)
+            are_names = b"" not in names and not b"".join(names).translate(None, _TOKEN)
+            if not are_names or len(value.translate(None, _LINE_BREAKS)) < len(value):
                 _refuse(scope, "a response head with a header that HTTP has no way to send")
     except MalformedMessageError:
         raise
