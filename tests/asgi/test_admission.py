@@ -14,7 +14,7 @@ from asgi_dbscope import (
     Retry,
     current_session,
 )
-from asgi_dbscope._admission import ReadAhead
+from asgi_dbscope._admission import Admission, ReadAhead
 from tests.fix_asgi import body, http_scope, start
 from tests.fix_database import Item
 
@@ -345,6 +345,34 @@ async def test_app_that_receives_while_it_is_looked_gets_the_message():
     receive.close()
 
     assert ["http.disconnect", "http.request"] == sorted(got)
+
+
+async def test_message_that_was_looked_for_goes_to_the_app_that_asks():
+    """G18: who is let in before anything came gets the very message that was waited for."""
+    messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    receive = ReadAhead(messages.get)
+    first = asyncio.create_task(receive.until_gone())
+    await asyncio.sleep(0)
+    first.cancel()
+    receiving = asyncio.create_task(receive())
+    await asyncio.sleep(0)
+    again = asyncio.create_task(receive.until_gone())
+    await asyncio.sleep(0)
+    await messages.put({"type": "http.disconnect"})
+
+    assert {"type": "http.disconnect"} == await receiving
+    await asyncio.sleep(0)
+    assert not again.done()
+    again.cancel()
+    receive.close()
+
+
+async def test_state_shows():
+    """What an admission is at can be seen."""
+    admission = Admission(2, None, 1.0)
+    await admission.enter(ReadAhead(asyncio.Event().wait), "GET /")  # type: ignore[arg-type]
+
+    assert "<Admission: 1 of 2 inside, 0 waiting>" == repr(admission)
 
 
 async def test_look_ahead_keeps_no_more_than_a_little():

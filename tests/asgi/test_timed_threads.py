@@ -115,7 +115,10 @@ def test_transaction_in_time_is_none_the_wiser(engine):
     with db.session_scope(timeout=30) as session:
         session.add(Item(id=1))
         session.flush()
+        watch: Any = db.scope.watch
         session.commit()
+        watch._expire(TransactionTimeoutError("late"))  # the timer's thread was on its way
+        assert db.scope.expiry is None
         session.add(Item(id=2))
 
     with engine.connect() as connection:
