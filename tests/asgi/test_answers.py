@@ -54,11 +54,14 @@ async def test_error_that_the_app_raised_is_answered_after_the_rollback(
     assert [] == await rows()
 
 
-async def test_plain_500_of_a_framework_is_kept_back(db, drive, rows):
+@pytest.mark.parametrize("is_settled", [False, True])
+async def test_plain_500_of_a_framework_is_kept_back(db, drive, rows, is_settled):
     """G14: a framework's own 500 for such an error, sent while handling it, becomes its answer."""
 
     async def app(scope, receive, send):
         db.session.add(Item(id=1))
+        if is_settled:
+            await db.session.rollback()
         try:
             raise PoolExhaustedError("busy")
         except PoolExhaustedError:

@@ -128,7 +128,7 @@ async def test_release_before_the_wait_is_the_cure(engine, drive, caplog, rows):
 
 
 @ON_ALL
-async def test_idle_transaction_is_ended_and_its_connection_free(engine, drive, rows):
+async def test_idle_transaction_is_ended_and_its_connection_free(engine, drive, rows, timeline):
     """After `idle_timeout` the work is rolled back, at once, and the head is no success."""
     db = Database(engine, idle_timeout=0.05)
 
@@ -147,6 +147,7 @@ async def test_idle_transaction_is_ended_and_its_connection_free(engine, drive, 
     assert "idle for more than 0.05 seconds (idle_timeout)" in str(exchange.error)
     assert "`await db.release()`" in str(exchange.error)
     assert [] == exchange.messages
+    assert ["checkout", "begin", "rollback", "checkin"] == timeline  # the connection is kept
     assert [] == await rows()
 
 
