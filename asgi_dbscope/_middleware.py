@@ -179,7 +179,9 @@ class DBSessionMiddleware:
             request = scope[KEY] = AdmittedRequest(served.admission, receive, send)
             receive, send = request.receive, request.send
         try:
-            if served.retry is not None or endpoint_retries.max_body is not None:
+            # Inside of another instance: what the app did in its sessions would be done twice.
+            is_first = around is None
+            if is_first and (served.retry is not None or endpoint_retries.max_body is not None):
                 return await serve(self.app, served, scope, receive, send)
             gate = ResponseGate(served, get_innermost(), scope, receive, send)
             return await serve_once(self.app, gate, scope)

@@ -740,6 +740,29 @@ async def test_second_instance_does_nothing_in_each_attempt(db, drive, rows):
     assert 200 == exchange.status
 
 
+async def test_instance_for_another_database_leaves_the_replay_to_the_outer_one(
+    engine, drive, rows
+):
+    """G16: what was done in the outer instance's session is undone with the attempt, too."""
+    first, second = Database(engine, name="first"), Database(engine, name="second")
+    attempts = []
+
+    async def app(scope, receive, send):
+        attempts.append((first.scope.attempt, second.scope.attempt))
+        first.session.add(Item(id=1))
+        await first.session.flush()
+        await second.session.execute(sa.text("SELECT 42"))
+        await respond(send)
+
+    inner = DBSessionMiddleware(app, databases=[first, second], retry=AT_ONCE)
+    with inject_conflicts(engine, at="SELECT 42"):
+        exchange = await drive(DBSessionMiddleware(inner, database=first, retry=AT_ONCE))
+
+    assert [(1, 1), (2, 2)] == attempts
+    assert 200 == exchange.status
+    assert [1] == await rows()
+
+
 async def test_no_attempt_begins_after_max_elapsed(db, drive, caplog):
     """G16: attempts end with the time they may take, though some are left."""
 
