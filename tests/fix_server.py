@@ -26,7 +26,7 @@ from tests.server.servers import SERVERS, Server
 
 ROOT = Path(__file__).parents[1]
 
-PATIENCE = 30.0
+PATIENCE = 60.0
 """Seconds until something that a server should do counts as not done."""
 
 

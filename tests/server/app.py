@@ -19,6 +19,7 @@ from starlette.routing import Route
 from asgi_dbscope import Database
 from tests.fix_database import Base, Child, Item
 from tests.fix_frameworks import added, wrapped
+from tests.malformed import MALFORMED_HEADS
 from tests.server.channel import Channel, Observed
 
 MEGABYTES = 16
@@ -332,8 +333,11 @@ class Plain:
         self.db = db
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        item_id = int(scope["path"].rpartition("/")[2])
+        _, _, kind, number = scope["path"].split("/")
+        item_id = int(number)
         self.db.session.add(Item(id=item_id))
+        if kind == "malformed":
+            await send(list(MALFORMED_HEADS.values())[item_id]())
         await self.db.session.execute(sa.insert(Child).values(id=item_id, item_id=-1))
         await send({"type": "http.response.start", "status": 201, "headers": []})
         await send({"type": "http.response.body", "body": b"created"})
