@@ -11,6 +11,7 @@ pytest_plugins = [
     "tests.fix_leaks",
     "tests.fix_frameworks",
     "tests.fix_retry",
+    "tests.fix_served",
     "tests.fix_server",
     "tests.fix_sync",
     "tests.fix_proxy",

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import anyio.to_thread
 import sqlalchemy as sa
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, HTTPException, Request, WebSocket
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from starlette.routing import Route
 
@@ -21,6 +21,8 @@ from tests.fix_database import Base, Child, Item
 from tests.fix_frameworks import added, wrapped
 from tests.malformed import MALFORMED_HEADS
 from tests.server.channel import Channel, Observed
+
+THIS_FILE = Path(__file__)
 
 MEGABYTES = 16
 """What a response must have so that no kernel's buffers swallow it."""
@@ -240,7 +242,7 @@ def response_routes(db: Database[Any], channel: Channel) -> APIRouter:
 
 
 def body_routes(db: Database[Any], channel: Channel) -> APIRouter:
-    """Bodies: large ones, ones that write, a file."""
+    """Bodies: large ones, and ones that write."""
     routes = APIRouter()
 
     @routes.get("/large/{item_id}")
@@ -289,11 +291,6 @@ def body_routes(db: Database[Any], channel: Channel) -> APIRouter:
 
         return StreamingResponse(lines())
 
-    @routes.get("/file/{item_id}")
-    async def file(item_id: int) -> FileResponse:
-        db.session.add(Item(id=item_id))
-        return FileResponse(Path(__file__))
-
     return routes
 
 
@@ -302,6 +299,7 @@ def raw_endpoints(db: Database[Any], channel: Channel) -> dict[str, Any]:
     return {
         "/deaf/{item_id}": Deaf(db, channel, [b"first\n"]),
         "/between/{item_id}": Deaf(db, channel, []),
+        "/file/{item_id}": SentFile(db),
     }
 
 
@@ -324,6 +322,23 @@ class Deaf:
         await self.db.session.flush()
         await send({"type": "http.response.body", "body": b"middle\n", "more_body": True})
         await send({"type": "http.response.body", "body": b"last\n", "more_body": False})
+
+
+class SentFile:
+    """Send this file, by the server where it can do that."""
+
+    def __init__(self, db: Database[Any]) -> None:
+        self.db = db
+        self.content = THIS_FILE.read_bytes()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.db.session.add(Item(id=int(scope["path_params"]["item_id"])))
+        headers = [(b"content-length", str(len(self.content)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        if "http.response.pathsend" in scope.get("extensions", ()):
+            await send({"type": "http.response.pathsend", "path": str(THIS_FILE)})
+        else:
+            await send({"type": "http.response.body", "body": self.content})
 
 
 class Plain:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fix_server import Served
+from tests.fix_served import Served
 from tests.server.servers import DAPHNE
 
 

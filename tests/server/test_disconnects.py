@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.fix_server import Torn
+from tests.fix_served import Torn
 
 # --------------------------------------------------------------------------------------
 # Before the head

@@ -5,7 +5,7 @@ import sqlite3
 
 import pytest
 
-from tests.fix_server import Served, Stored, Torn
+from tests.fix_served import Served, Stored, Torn
 from tests.server.app import MEGABYTES
 
 DATABASES = ["asyncpg", "psycopg", "sqlite"]
