@@ -448,7 +448,8 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
 
 def _limit_on_server(scope: SessionScope[Any], connection: Connection) -> None:
     if scope.deadline is not None:
-        _dialects.limit_transaction(connection, scope.deadline - monotonic())
+        slack = 0.0 if scope.database.is_sync else SLACK  # a thread has no clock of its own here
+        _dialects.limit_transaction(connection, scope.deadline - monotonic(), slack=slack)
     elif scope.shape.timeout is not None and scope.shape.mode != "autocommit":
         _dialects.limit_transaction(connection, scope.shape.timeout, slack=SLACK)
 
