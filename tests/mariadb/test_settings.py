@@ -187,7 +187,8 @@ async def test_timeout_ends_the_statement_and_leaves_no_trace(single, rows):
     await single.dispose()
 
     assert took < 10
-    assert 29 < during[0] <= during[1] == 30
+    assert 29 < during[0] <= 30
+    assert 31 == during[1]  # for a process that is gone: a second more
     assert (77, 99) == after
     assert [] == await rows()
 
