@@ -161,6 +161,8 @@ class Starter:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
+            # What ends the test run must not end who cleans up after it.
+            start_new_session=True,
             env={
                 **{name: value for name, value in os.environ.items() if "COV" not in name},
                 "PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT)]),
