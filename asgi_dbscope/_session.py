@@ -531,6 +531,7 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     if use is None or transaction.parent is not None:
         return
     ends_block = use.is_begun_by_hand and use.user is None and use.ender is None
+    was_committing = use.is_committing
     use.has_written = False
     use.is_begun_by_hand = False
     use.is_committing = False
@@ -545,4 +546,6 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
         else:
             use.scope.advance(Event.ROLLED_BACK)
     if ends_block and use.scope.agenda is not None:
+        if not was_committing:  # a rollback of nothing is reported after this
+            use.scope.note_end(Outcome.ROLLED_BACK)
         use.run_hooks()  # of an `async with session.begin():` of the user's own

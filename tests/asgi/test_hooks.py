@@ -343,6 +343,19 @@ async def test_hooks_follow_a_begin_block_of_the_users_own(db, calls, mode):
     assert [*COMMITTED, *ROLLED_BACK] == calls
 
 
+@pytest.mark.parametrize("writes", [True, False])
+async def test_hooks_of_a_begin_block_that_raised_run_at_its_end(db, calls, writes):
+    """A `begin()` block that is rolled back is over there, also where it asked for nothing."""
+    async with db.session_scope() as session:
+        calls.on_each(db)
+        with suppress(ServiceError):
+            async with session.begin():
+                if writes:
+                    await write(session, 1)
+                raise ServiceError
+        assert ROLLED_BACK == calls
+
+
 @pytest.mark.parametrize("has_begun", [True, False])
 async def test_hooks_in_manual_mode_wait_for_the_users_commit(db, calls, has_begun):
     """In mode manual the hooks belong to the transaction that the user commits."""
