@@ -89,15 +89,11 @@ def watch(connection: Connection, scope: SessionScope[Any]) -> None:
 
 def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
     """The transaction of *scope* on *connection* is over."""
-    known = _watch_of(connection)
-    if known is None:
-        return
-    known.error = None
-    known.is_handed_out = False
-    if known.scopes == (scope,):
-        del connection.__dict__[WATCH]
-    else:
-        known.scopes = tuple(each for each in known.scopes if each is not scope)
+    known: Watch | None = connection.__dict__.pop(WATCH, None)
+    others = [] if known is None else [each for each in known.scopes if each is not scope]
+    if others:
+        left = connection.__dict__[WATCH] = Watch(others[0])
+        left.scopes = tuple(others)
 
 
 def watch_engine(engine: Engine) -> None:
@@ -217,9 +213,7 @@ async def dispose_in_time(engine: AsyncEngine, seconds: float) -> None:
 
 def guard_commit(connection: Connection) -> None:
     """Judge also a COMMIT that is asked of *connection* itself, past its session."""
-    watched = _watch_of(connection)
-    if watched is not None:
-        watched.is_handed_out = True
+    connection.__dict__[WATCH].is_handed_out = True  # it was watched when it began
     if not event.contains(connection, "commit", _before_commit):
         event.listen(connection, "commit", _before_commit)
 
@@ -248,9 +242,7 @@ def refuse_if_aborted(connection: Connection) -> None:
     Raises:
         TransactionAbortedError: If it has.
     """
-    watched = _watch_of(connection)
-    if watched is None:
-        return
+    watched: Watch = connection.__dict__[WATCH]
     error = watched.error
     if error is None and not (watched.is_handed_out and _dialects.can_ask(connection)):
         return

@@ -37,10 +37,8 @@ if TYPE_CHECKING:
     from asgi_dbscope._use import SessionUse
 
 STATEMENTS = ("execute", "scalar", "scalars")
-OPERATIONS = (
-    *("get", "get_one", "merge", "refresh"),
-    *("begin_nested", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"),
-)
+OPERATIONS = ("get", "get_one", "merge", "refresh", "begin_nested")
+BULKS = ("bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings")
 REGISTRATIONS = ("add", "delete")
 
 
@@ -68,6 +66,8 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         namespace[name] = _reporting_statement(getattr(base, name))
     for name in OPERATIONS:
         namespace[name] = _reporting(getattr(base, name))
+    for name in BULKS:
+        namespace[name] = _reporting(_writing(getattr(base, name)))
     for name in REGISTRATIONS:
         namespace[name] = _checked(getattr(base, name))
     cls = type(base.__name__, (base,), namespace)
@@ -174,6 +174,7 @@ def _committing(commit: Callable[..., Any], base: Callable[..., Any]) -> Callabl
         if use is None:
             base(self)
             return
+        use.scope.check_can_commit()
         user = use.enter()
         try:
             commit(self)
@@ -189,7 +190,6 @@ def _committing(commit: Callable[..., Any], base: Callable[..., Any]) -> Callabl
 def _committing_inside(commit: Callable[..., Any]) -> Callable[..., Any]:
     def commit_inside(self: Any) -> None:
         use: SessionUse = self.use
-        use.scope.check_can_commit()
         try:
             commit(self)
         except BaseException as error:  # noqa: BLE001 - raised again
@@ -206,10 +206,8 @@ class _TransactionByHand(SessionTransaction):
     def commit(self, _to_root: bool = False) -> None:
         try:
             super().commit(_to_root)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again
             session: Any = self.session
-            if session.use is None:
-                raise
             real = _real(session.use, error)
             if not settle_doubt(session, session.use, real):
                 raise real  # noqa: B904 - *error* itself, mostly
@@ -227,6 +225,16 @@ def _rolling_back(rollback: Callable[..., Any]) -> Callable[..., Any]:
             use.run_hooks()
 
     return rolling_back
+
+
+def _writing(method: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(method)
+    def writing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.use is not None:
+            self.use.has_written = True
+        return method(self, *args, **kwargs)
+
+    return writing
 
 
 def _reporting(method: Callable[..., Any], *, explains: bool = True) -> Callable[..., Any]:

@@ -150,6 +150,7 @@ class SessionUse(ABC):
 
     def commit(self, session: Session) -> None:
         """Commit, in an ending: inside the session since :meth:`begin_ending`."""
+        self.scope.check_can_commit()
         session.commit_inside()  # type: ignore[attr-defined]  # of the reporting class
 
     def invalidate(self, session: Session) -> None:

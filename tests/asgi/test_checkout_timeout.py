@@ -299,3 +299,13 @@ def test_seconds_are_checked(value):
     """A wait is a number of seconds above 0."""
     with pytest.raises(ConfigurationError, match="checkout_timeout must be a number of seconds"):
         Database("sqlite+aiosqlite://", checkout_timeout=value)
+
+
+async def test_session_of_a_connection_needs_no_place(engine, rows):
+    """A session that is bound to a connection has one already."""
+    async with engine.connect() as connection:
+        db = Database(async_sessionmaker(bind=connection), checkout_timeout=1)
+        async with db.session_scope() as session:
+            session.add(Item(id=1))
+
+    assert [1] == await rows()

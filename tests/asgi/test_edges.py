@@ -214,6 +214,21 @@ async def test_changed_attributes_that_are_flushed_and_closed_are_no_success(db,
     assert [] == exchange.messages
 
 
+async def test_rows_saved_in_bulk_and_closed_are_no_success(db, drive, rows):
+    """G1: `bulk_save_objects()` writes past the unit of work, and closing by hand loses it."""
+
+    async def app(scope, receive, send):
+        await db.session.run_sync(lambda session: session.bulk_save_objects([Item(id=1)]))
+        await db.session.close()
+        await send(start(201))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert [] == exchange.messages
+    assert "closed by hand" in str(exchange.error)
+    assert [] == await rows()
+
+
 async def test_options_on_a_websocket_are_refused(db):
     """G17: they would have no session to apply to."""
     refused = []

@@ -106,3 +106,14 @@ async def test_request_around_it_does_not_touch_it(db, drive, rows, timeline):
 
     assert [*COMMITTED, "start 500", "last body"] == timeline
     assert [1] == await rows()
+
+
+@pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
+async def test_session_outside_of_any_scope_fails_as_its_own_does(db, rows):
+    """A session that the factory gives to somebody else has nobody to report to."""
+    async with db.session_factory() as session:
+        with pytest.raises(sa.exc.IntegrityError):
+            async with session.begin():
+                session.add(Child(id=1, item_id=7))
+
+    assert [] == await rows()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.util import await_only
 
 from asgi_dbscope import (
     ConfigurationError,
@@ -149,6 +150,53 @@ async def test_idle_transaction_is_ended_and_its_connection_free(engine, drive, 
     assert [] == exchange.messages
     assert ["checkout", "begin", "rollback", "checkin"] == timeline  # the connection is kept
     assert [] == await rows()
+
+
+async def test_hooks_follow_the_rollback(engine, drive):
+    """A hook that waits for the rollback doesn't wait for the response."""
+    db = Database(engine, idle_timeout=0.05)
+    called = asyncio.Event()
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.text("SELECT 1"))
+        db.on_rollback(called.set)
+        await asyncio.wait_for(called.wait(), 10)
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, TransactionIdleError)
+
+
+@ON_POSTGRES
+async def test_time_that_is_up_while_another_database_commits_is_told(engine, make_engine, drive):
+    """The second database of a request idles while the first one commits; it says so by itself."""
+    first = Database(engine, name="first")
+    other = make_engine(engine.driver)
+    second = Database(other, name="second", idle_timeout=0.05)
+
+    scopes = []
+
+    def wait_for_the_other(connection):
+        async def until_it_is_over():
+            while scopes[0].state is not State.IDLE:
+                await asyncio.sleep(0.005)
+
+        await_only(until_it_is_over())
+
+    async def app(scope, receive, send):
+        scopes.append(second.scope)
+        await first.session.execute(sa.text("SELECT 1"))
+        await second.session.execute(sa.text("SELECT 1"))
+        await respond(send)
+
+    sa.event.listen(engine.sync_engine, "commit", wait_for_the_other)
+    exchange = await drive(DBSessionMiddleware(app, databases=[first, second]))
+    sa.event.remove(engine.sync_engine, "commit", wait_for_the_other)
+    await other.dispose()
+
+    assert isinstance(exchange.error, TransactionIdleError)
+    assert [] == exchange.messages
 
 
 @ON_ALL

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.util import await_only
 
 from asgi_dbscope import (
+    CommitInDoubtError,
     ConfigurationError,
     DBSessionMiddleware,
     Outcome,
@@ -325,3 +327,24 @@ def test_seconds_are_checked(value):
     """A timeout is a number of seconds above 0."""
     with pytest.raises(ConfigurationError, match="timeout must be a number of seconds"):
         session_options(timeout=value)
+
+
+async def test_commit_that_a_listener_holds_up_is_in_doubt(db, engine, drive):
+    """G15: time that is up inside COMMIT, where the driver says nothing, leaves it in doubt."""
+    scopes = []
+
+    def wait_for_ever(connection):
+        await_only(asyncio.Event().wait())
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        await db.session.execute(sa.text("SELECT 1"))
+        await respond(send)
+
+    sa.event.listen(engine.sync_engine, "commit", wait_for_ever)
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+    sa.event.remove(engine.sync_engine, "commit", wait_for_ever)
+
+    assert [] == exchange.messages
+    assert isinstance(exchange.error, CommitInDoubtError)
+    assert Outcome.IN_DOUBT is scopes[0].outcome

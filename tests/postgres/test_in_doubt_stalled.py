@@ -96,3 +96,28 @@ async def test_drivers_timeout_is_no_answer(make_db, proxy, rows, resolve):
         assert Outcome.IN_DOUBT is outcome
         assert isinstance(error, CommitInDoubtError)
         assert isinstance(error.__cause__, TimeoutError)
+
+
+async def test_commit_in_a_task_that_outlives_its_request_is_in_doubt(make_db, proxy, drive, rows):
+    """G15, G22: the request gives up a task that is inside COMMIT, and nobody knows the answer."""
+    db = make_db(cleanup_timeout=0.1)
+    faults: list[Any] = []
+    scopes: list[Any] = []
+    tasks: list[Any] = []
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        faults.append(proxy.arm("stall", after_commit))
+        tasks.append(asyncio.create_task(db.session.commit()))
+        await faults[0].wait()
+        await send(start(201))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    assert [] == exchange.messages
+    assert Outcome.IN_DOUBT is scopes[0].outcome
+    faults[0].resume()
+    await asyncio.wait(tasks)
+
+    assert [1] == await rows()

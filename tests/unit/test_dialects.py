@@ -162,3 +162,23 @@ def adapted(error: Exception) -> Exception:
 def test_only_the_databases_own_word_is_an_answer(context, is_unanswered):
     """G15: what says nothing of the transaction leaves its COMMIT without an answer."""
     assert is_unanswered is _dialects.is_unanswered(context)
+
+
+def test_connection_that_is_closed_already_can_not_be_cut():
+    """Who cuts a connection from another thread may come too late."""
+    engine = sa.create_engine("sqlite://")
+    with engine.connect() as connection:
+        connection.connection.driver_connection.close()
+
+        assert not _dialects.cut(connection)
+
+        connection.invalidate()
+    engine.dispose()
+
+
+def test_two_databases_of_an_engine_note_its_server_once():
+    """G15: the second one finds that the engine's connections note their server already."""
+    engine = sa.create_engine("postgresql+psycopg://nobody@/nothing")
+
+    assert Database(engine, resolve_in_doubt=True).resolve_in_doubt
+    assert Database(engine, name="second", resolve_in_doubt=True).resolve_in_doubt
