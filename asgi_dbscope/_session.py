@@ -67,7 +67,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
     for name in OPERATIONS:
         namespace[name] = _reporting(getattr(base, name))
     for name in BULKS:
-        namespace[name] = _reporting(_writing(getattr(base, name)))
+        namespace[name] = _reporting(getattr(base, name), writes=True)
     for name in REGISTRATIONS:
         namespace[name] = _checked(getattr(base, name))
     cls = type(base.__name__, (base,), namespace)
@@ -227,17 +227,9 @@ def _rolling_back(rollback: Callable[..., Any]) -> Callable[..., Any]:
     return rolling_back
 
 
-def _writing(method: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(method)
-    def writing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.use is not None:
-            self.use.has_written = True
-        return method(self, *args, **kwargs)
-
-    return writing
-
-
-def _reporting(method: Callable[..., Any], *, explains: bool = True) -> Callable[..., Any]:
+def _reporting(
+    method: Callable[..., Any], *, explains: bool = True, writes: bool = False
+) -> Callable[..., Any]:
     @wraps(method)
     def reporting(self: Any, *args: Any, **kwargs: Any) -> Any:
         use: SessionUse | None = self.use
@@ -245,6 +237,7 @@ def _reporting(method: Callable[..., Any], *, explains: bool = True) -> Callable
             return method(self, *args, **kwargs)
         user = use.enter()
         try:
+            use.has_written = use.has_written or writes
             return method(self, *args, **kwargs)
         except _REPORTED as error:
             _check_time(use, error)

@@ -175,7 +175,7 @@ async def test_time_that_is_up_while_another_database_commits_is_told(engine, ma
     other = make_engine(engine.driver)
     second = Database(other, name="second", idle_timeout=0.05)
 
-    scopes = []
+    scopes: list[Any] = []
 
     def wait_for_the_other(connection):
         async def until_it_is_over():

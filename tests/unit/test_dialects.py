@@ -168,7 +168,8 @@ def test_connection_that_is_closed_already_can_not_be_cut():
     """Who cuts a connection from another thread may come too late."""
     engine = sa.create_engine("sqlite://")
     with engine.connect() as connection:
-        connection.connection.driver_connection.close()
+        driver: Any = connection.connection.driver_connection
+        driver.close()
 
         assert not _dialects.cut(connection)
 
