@@ -10,10 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakValueDictionary
 
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import AsyncEngine
+
 from asgi_dbscope._admission import KEY, Admission, AdmittedRequest
 from asgi_dbscope._current import get_innermost, reset_innermost, set_innermost
 from asgi_dbscope._database import Database
 from asgi_dbscope._gate import ResponseGate, Served
+from asgi_dbscope._messages import type_of
 from asgi_dbscope._policy import commit_unless_error
 from asgi_dbscope._replay import serve, serve_once
 from asgi_dbscope._retry import endpoint_retries
@@ -23,9 +27,6 @@ from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
-
-    from sqlalchemy import Engine
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from asgi_dbscope._asgi import AnyASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._gate import CommitErrorResponse
@@ -225,7 +226,7 @@ class DBSessionMiddleware:
 
         async def dispose_then_send(message: Message) -> None:
             # Before the server hears of it: after, it may stop the loop at once.
-            if message.get("type") in _END_OF_LIFE:
+            if type_of(message) in _END_OF_LIFE:
                 for database in owners:
                     await database.dispose()
             await send(message)
@@ -321,6 +322,8 @@ def _check_asynchronous(databases: Iterable[Database[Any]]) -> None:
 
 def _database_of(engine: AsyncEngine | Engine) -> Database[Any]:
     """The database that *engine* stands for: the same one for every middleware that names it."""
+    if not isinstance(engine, (AsyncEngine, Engine)):
+        return Database(engine)
     known = _databases.get(id(engine))
     if known is None:  # a database keeps its engine alive, and so the id its own
         known = _databases[id(engine)] = Database(engine)

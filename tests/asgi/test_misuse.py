@@ -121,6 +121,17 @@ def test_source_of_the_wrong_type_is_told(unused):
         assert told in str(caught.value)
 
 
+def test_each_url_has_a_database_of_its_own():
+    """G12: what is no engine stands for a database by itself, whatever its place in memory."""
+    middlewares = [
+        DBSessionMiddleware(silent_app, engine=f"sqlite+aiosqlite:///{number}.db")  # type: ignore[arg-type]
+        for number in range(50)
+    ]
+    urls = [repr(each.databases[0]) for each in middlewares]
+
+    assert 50 == len(set(urls))
+
+
 def test_app_that_is_none_is_told(unused):
     """The app comes first, and has to be callable."""
     with pytest.raises(ConfigurationError, match="first argument is the ASGI app; 'app'"):
