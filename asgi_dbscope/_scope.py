@@ -556,6 +556,10 @@ class SessionScope(Lifecycle, Generic[S]):
         ending = decide_ending(
             cause, self.state, mode=self.shape.mode, policy=self.options.commit_policy, head=head
         )
+        if ending is Ending.COMMIT and self.watch is not None:
+            self.watch.strike()
+            if self.expiry is not None:
+                return self._decide_expired(cause, head)
         failure = None if self.agenda is None else self.agenda.failure
         if failure is None or ending is Ending.ROLLBACK:
             return ending

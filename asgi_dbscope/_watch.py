@@ -90,12 +90,17 @@ class TransactionWatch(ABC):
 
     def _look(self) -> None:
         """A moment has come; find out which."""
-        if self.is_over or self.scope.is_rolling_back:
-            return  # nothing is claimed of a rollback, and it has a deadline of its own
+        if self.is_over or self.scope.is_rolling_back or self.scope.is_answer_missing:
+            return  # a rollback, and asking for a COMMIT's answer, have deadlines of their own
         if self._is_late:
             self._expire(self._timeout_error())
         elif not (self.scope.shape.watches_idling and self._has_idled()):
             self.start()
+
+    def strike(self) -> None:
+        """Forbid a COMMIT after its time, also where code that never waited let no timer strike."""
+        if self._is_late and not self.is_over and self.scope.expiry is None:
+            self._forbid(self._timeout_error())
 
     @property
     def _is_late(self) -> bool:

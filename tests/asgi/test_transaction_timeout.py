@@ -1,7 +1,7 @@
 """`timeout` of a request's transaction: seconds from its BEGIN, for whatever it waits for."""
 
 import asyncio
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 import pytest
@@ -327,6 +327,24 @@ def test_seconds_are_checked(value):
     """A timeout is a number of seconds above 0."""
     with pytest.raises(ConfigurationError, match="timeout must be a number of seconds"):
         session_options(timeout=value)
+
+
+async def test_code_that_never_waits_is_late_too(db, drive, rows):
+    """G4: no timer strikes where the handler holds up the event loop; COMMIT isn't sent then."""
+    scopes = []
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        sleep(0.2)  # noqa: ASYNC251 - that is the point
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    assert Outcome.ROLLED_BACK is scopes[0].outcome
+    assert [] == await rows()
 
 
 async def test_commit_that_a_listener_holds_up_is_in_doubt(db, engine, drive):

@@ -260,3 +260,22 @@ async def test_cancelled_at_any_time_it_is_resolved_rightly(make_db, proxy, rows
         assert len(fault.struck) or not is_there, turns  # cancelled before its COMMIT was sent
         turns = turns * 2 + 1
     assert 5 <= number
+
+
+async def test_time_of_the_transaction_does_not_end_the_asking(make_db, proxy, drive, rows):
+    """G10, G15: `timeout` ends with COMMIT; the server is asked as long as a clean-up may last."""
+    db = make_db(resolve_in_doubt=True, cleanup_timeout=ENOUGH)
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        proxy.arm("cut", after_commit)
+        proxy.is_down = True
+        asyncio.get_running_loop().call_later(1.0, lambda: setattr(proxy, "is_down", False))
+        await send(start(201))
+        await send(body(b"ok"))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.5))
+
+    assert (201, None) == (exchange.status, exchange.error)
+    assert [1] == await rows()
