@@ -194,6 +194,7 @@ class Model:
         session.flush()
         if session.is_open:
             raise Refused("RollbackOnlyError")
+        session.end_unbegun()
 
     def _release(self) -> None:
         session = self._session
