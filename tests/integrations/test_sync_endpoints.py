@@ -488,7 +488,7 @@ async def test_without_threads_for_endings_they_would_deadlock(
     db = Database(engine)
     monkeypatch.setattr(db, "limiter", lambda *_: anyio.to_thread.current_default_thread_limiter())
 
-    statuses = await rush(drive, DBSessionMiddleware(fastapi_app(db), database=db), 200)
+    statuses = await rush(drive, DBSessionMiddleware(fastapi_app(db), database=db), 60)
 
     assert 503 in statuses
 
