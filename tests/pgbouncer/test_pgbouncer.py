@@ -139,11 +139,13 @@ async def test_nothing_stays_prepared_on_the_server(engine, pgbouncer):
 async def test_autocommit_works_where_each_statement_has_another_server(engine, drive, rows):
     """In mode "autocommit" single statements go to whichever server connection is free."""
     db = Database(engine, mode="autocommit")
+    # It takes a while, so that others need another server connection meanwhile.
+    slow_pid = sa.text("SELECT pg_backend_pid() FROM (SELECT pg_sleep(0.02)) AS a_while")
     pids = []
 
     async def app(scope, receive, send):
         number = int(scope["path"][1:])
-        pids.extend([await db.session.scalar(PID) for _ in range(4)])
+        pids.extend([await db.session.scalar(slow_pid) for _ in range(4)])
         db.session.add(Item(id=number))
         await db.session.flush()
         await respond(send)
