@@ -14,6 +14,7 @@ pytest_plugins = [
     "tests.fix_served",
     "tests.fix_server",
     "tests.fix_sync",
+    "tests.fix_programs",
     "tests.fix_proxy",
     "tests.fix_in_doubt",
 ]

@@ -78,6 +78,18 @@ def body(content: bytes = b"", *, more: bool = False) -> Message:
     return {"type": "http.response.body", "body": content, "more_body": more}
 
 
+async def respond(
+    send: App,
+    status: int = 200,
+    content: bytes = b"ok",
+    *,
+    headers: Iterable[tuple[bytes, bytes]] = (),
+) -> None:
+    """Answer."""
+    await send(start(status, headers=list(headers)))
+    await send(body(content))
+
+
 Drive = Callable[..., Awaitable[Exchange]]
 
 

@@ -7,9 +7,11 @@ runs in a task by itself is one long wait seen from outside, and many suspension
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import anyio
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 Kind = Literal["once", "repeatedly", "scope", "timeout", "shutdown"]
 Moment = Literal["suspending", "resuming"]
@@ -155,3 +157,51 @@ class _Watched(Coroutine[Any, Any, Any]):
 
     def close(self) -> None:
         self._coro.close()
+
+
+class SlowCommit:
+    """Makes each COMMIT of a row in PostgreSQL wait until it is let through."""
+
+    LOCK = 4712
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+        self._connection: Any = None
+
+    async def __aenter__(self) -> Self:
+        async with self._engine.begin() as connection:
+            function = f"""
+                CREATE OR REPLACE FUNCTION wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_advisory_xact_lock({self.LOCK}); RETURN NULL; END $$
+            """
+            trigger = """
+                CREATE CONSTRAINT TRIGGER wait_at_commit AFTER INSERT ON item
+                DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait_at_commit()
+            """
+            await connection.execute(sa.text(function))
+            await connection.execute(sa.text(trigger))
+        self._connection = await self._engine.connect()
+        await self._connection.execute(sa.select(sa.func.pg_advisory_lock(self.LOCK)))
+        await self._connection.commit()
+        return self
+
+    async def wait_until_reached(self) -> None:
+        """Wait until a COMMIT waits."""
+        waiting = sa.text(  # of this database: other workers of the test run have others
+            "SELECT count(*) FROM pg_locks JOIN pg_database ON database = pg_database.oid "
+            "WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted"
+        )
+        async with self._engine.connect() as connection:
+            while not await connection.scalar(waiting):
+                await asyncio.sleep(0.001)  # another process begins to wait
+
+    async def let_through(self) -> None:
+        """Let every COMMIT through."""
+        await self._connection.execute(sa.select(sa.func.pg_advisory_unlock_all()))
+        await self._connection.commit()
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.let_through()
+        await self._connection.close()
+        async with self._engine.begin() as connection:
+            await connection.execute(sa.text("DROP TRIGGER wait_at_commit ON item"))

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from asgi_dbscope import Database, Outcome
+from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope
+from tests.fix_asgi import App, Message, body, start
 from tests.fix_database import Item
 from tests.fix_proxy import Proxy
 
@@ -39,6 +40,23 @@ async def make_db(proxy: Proxy) -> AsyncIterator[MakeDatabase]:
     for engine in engines:
         await engine.dispose()
     assert [0] * len(engines) == leaked
+
+
+def app_of(
+    db: Database[Any], scopes: list[Any], before_answer: Callable[[], object] | None = None
+) -> DBSessionMiddleware:
+    """An app that writes a row, does *before_answer*, and answers."""
+
+    async def app(scope: Message, receive: App, send: App) -> None:
+        scopes.append(current_scope())
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        if before_answer is not None:
+            before_answer()
+        await send(start(201))
+        await send(body(b"ok"))
+
+    return DBSessionMiddleware(app, database=db)
 
 
 async def run_job(

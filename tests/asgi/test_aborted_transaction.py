@@ -9,17 +9,11 @@ import sqlalchemy as sa
 
 from asgi_dbscope import DBSessionMiddleware, Outcome, current_scope
 from asgi_dbscope.errors import TransactionAbortedError
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 ON_SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
-
-
-async def respond(send, status=201):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def fail(session):
@@ -38,7 +32,7 @@ async def test_success_after_a_swallowed_error_becomes_an_error(db, drive, rows)
         db.session.add(Item(id=1))
         await db.session.flush()
         await fail(db.session)
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -81,7 +75,7 @@ async def test_swallowed_conflict_of_a_flush_becomes_an_error(db, drive, rows):
         db.session.add(Item(id=1))
         with pytest.raises(sa.exc.IntegrityError):
             await db.session.flush()
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -119,7 +113,7 @@ async def test_commit_by_hand_that_was_refused_is_not_forgotten(db, drive, rows)
         await fail(db.session)
         with pytest.raises(TransactionAbortedError):
             await db.session.commit()
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -204,7 +198,7 @@ async def test_savepoint_heals_the_transaction(db, drive, rows):
         with pytest.raises(sa.exc.DBAPIError):
             async with db.session.begin_nested():
                 await db.session.execute(sa.text("SELECT * FROM missing"))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -226,7 +220,7 @@ async def test_inner_savepoint_heals_to_its_own_begin_only(db, drive, rows):
                     await db.session.flush()
                     await db.session.execute(sa.text("SELECT 1 / 0"))
             db.session.add(Item(id=3))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -244,7 +238,7 @@ async def test_error_swallowed_inside_a_savepoint_is_not_healed(db, drive, rows)
         with pytest.raises(sa.exc.DBAPIError, match="aborted"):
             async with db.session.begin_nested():
                 await fail(db.session)
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -263,7 +257,7 @@ async def test_savepoint_of_raw_sql_heals_too(db, drive, rows):
         await db.session.execute(sa.text("SAVEPOINT mine"))
         await fail(db.session)
         await db.session.execute(sa.text("ROLLBACK TO SAVEPOINT mine"))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -280,7 +274,7 @@ async def test_error_that_never_reached_the_server_aborts_nothing(db, drive, row
         await db.session.flush()
         with pytest.raises(sa.exc.DBAPIError):
             await db.session.execute(sa.insert(Item).values(id=object()))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -298,7 +292,7 @@ async def test_rollback_by_hand_begins_afresh(db, drive, rows):
         await fail(db.session)
         await db.session.rollback()
         db.session.add(Item(id=2))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -316,7 +310,7 @@ async def test_query_that_timed_out_and_was_swallowed_becomes_an_error(db, drive
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.02):
                 await db.session.execute(sa.text("SELECT pg_sleep(5)"))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -338,7 +332,7 @@ async def test_rollback_after_a_query_that_timed_out_begins_afresh(db, drive, ro
                 await db.session.execute(sa.text("SELECT pg_sleep(5)"))
         await db.session.rollback()
         db.session.add(Item(id=2))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -376,7 +370,7 @@ async def test_conflict_that_rolls_back_in_sqlite_becomes_an_error(db, drive, ro
         await db.session.flush()
         with pytest.raises(sa.exc.IntegrityError):
             await db.session.execute(sa.text("INSERT OR ROLLBACK INTO item (id) VALUES (1)"))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -396,7 +390,7 @@ async def test_conflict_that_was_swallowed_in_sqlite_undoes_its_statement_only(d
         await db.session.flush()
         with pytest.raises(sa.exc.IntegrityError):
             await db.session.execute(sa.insert(Item).values(id=1))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -414,7 +408,7 @@ async def test_swallowed_error_is_not_kept(db, drive):
         with pytest.raises(sa.exc.DBAPIError):
             await db.session.execute(sa.text("SELECT * FROM missing"))
         await db.session.rollback()
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
     gc.collect()

@@ -15,14 +15,8 @@ from asgi_dbscope import (
     current_session,
 )
 from asgi_dbscope._admission import Admission, ReadAhead
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Item
-
-
-async def respond(send, status=200, content=b"ok"):
-    """Answer."""
-    await send(start(status))
-    await send(body(content))
 
 
 class Counter:

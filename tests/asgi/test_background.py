@@ -8,18 +8,12 @@ import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import DBSessionMiddleware, RollbackOnlyError
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import Child, Item
 
 DISCONNECT = {"type": "http.disconnect"}
 TRANSACTION = ["checkout", "begin", "commit", "checkin"]
 RESPONSE = ["start 200", "last body"]
-
-
-async def respond(send):
-    """Answer 200."""
-    await send(start(200))
-    await send(body(b"ok"))
 
 
 async def test_background_work_is_committed_when_the_app_returns(db, drive, rows, timeline):

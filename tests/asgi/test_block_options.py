@@ -21,7 +21,7 @@ from asgi_dbscope import (
     TransactionTimeoutError,
     session_options,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
@@ -39,12 +39,6 @@ class MildError(ServiceError):
 
 class GraveError(MildError):
     """A mild error that is one all the same."""
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def write(session, row):

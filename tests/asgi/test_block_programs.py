@@ -6,7 +6,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -76,27 +76,6 @@ class Laboratory:
         pool = engine.pool
         assert isinstance(pool, (sa.QueuePool, sa.AsyncAdaptedQueuePool))
         return pool.checkedout()
-
-
-@pytest.fixture(params=["aiosqlite", "asyncpg", "sqlite", "psycopg"])
-def source(
-    request: pytest.FixtureRequest, make_engine: Callable[..., AsyncEngine], loop: Loop
-) -> Iterator[AsyncEngine | sa.Engine]:
-    """An engine, asynchronous or synchronous, on an empty schema."""
-    if request.param in {"sqlite", "psycopg"}:
-        yield request.getfixturevalue("make_sync_engine")(request.param)
-        return
-    engine = make_engine("sqlite" if request.param == "aiosqlite" else request.param)
-    yield engine
-    loop.run_until_complete(engine.dispose())
-
-
-@pytest.fixture
-def loop() -> Iterator[Loop]:
-    """An event loop to run program after program in."""
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from asgi_dbscope import (
     current_session,
     transactional,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_cancel import ENOUGH, MOMENTS, Cut
 from tests.fix_database import Child, Item
 
@@ -41,12 +41,6 @@ ALL_DRIVERS = pytest.mark.parametrize("engine", ["sqlite", "asyncpg", "psycopg"]
 
 class ServiceError(Exception):
     """What a service raises."""
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def write(session, row):

@@ -15,7 +15,7 @@ from asgi_dbscope import (
     PoolTooSmallError,
     SessionScopeClosedError,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import Child, Item
 
 ON_SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -24,12 +24,6 @@ ON_ASYNCPG = pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
 
 class ServiceError(Exception):
     """What a service raises."""
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def write(session, row):

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -15,7 +15,7 @@ from sqlalchemy.util import await_only
 import asgi_dbscope
 from asgi_dbscope import Database, DBSessionMiddleware, Outcome, State, current_scope
 from tests.fix_asgi import body, http_scope, start
-from tests.fix_cancel import ENOUGH, KINDS, MOMENTS, Cut, Kind
+from tests.fix_cancel import ENOUGH, KINDS, MOMENTS, Cut, Kind, SlowCommit
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ALL_DRIVERS = pytest.mark.parametrize("engine", ["sqlite", "asyncpg", "psycopg"], indirect=True)
@@ -370,54 +370,6 @@ async def test_job_cancelled_anywhere_ends_truly(db, window, kind):
 async def test_tasks_all_cancelled_at_once_tell_a_doubt(db):
     """G10, G15: where a loop's end cancels the ending itself, a COMMIT cut off is in doubt."""
     assert await sweep(db, handler_window, "shutdown", check=check_doubt) >= 5
-
-
-class SlowCommit:
-    """Makes each COMMIT of a row in PostgreSQL wait until it is let through."""
-
-    LOCK = 4712
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._connection: Any = None
-
-    async def __aenter__(self) -> Self:
-        async with self._engine.begin() as connection:
-            function = f"""
-                CREATE OR REPLACE FUNCTION wait_at_commit() RETURNS trigger LANGUAGE plpgsql AS
-                $$ BEGIN PERFORM pg_advisory_xact_lock({self.LOCK}); RETURN NULL; END $$
-            """
-            trigger = """
-                CREATE CONSTRAINT TRIGGER wait_at_commit AFTER INSERT ON item
-                DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait_at_commit()
-            """
-            await connection.execute(sa.text(function))
-            await connection.execute(sa.text(trigger))
-        self._connection = await self._engine.connect()
-        await self._connection.execute(sa.select(sa.func.pg_advisory_lock(self.LOCK)))
-        await self._connection.commit()
-        return self
-
-    async def wait_until_reached(self) -> None:
-        """Wait until a COMMIT waits."""
-        waiting = sa.text(  # of this database: other workers of the test run have others
-            "SELECT count(*) FROM pg_locks JOIN pg_database ON database = pg_database.oid "
-            "WHERE datname = current_database() AND locktype = 'advisory' AND NOT granted"
-        )
-        async with self._engine.connect() as connection:
-            while not await connection.scalar(waiting):
-                await asyncio.sleep(0.001)  # another process begins to wait
-
-    async def let_through(self) -> None:
-        """Let every COMMIT through."""
-        await self._connection.execute(sa.select(sa.func.pg_advisory_unlock_all()))
-        await self._connection.commit()
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.let_through()
-        await self._connection.close()
-        async with self._engine.begin() as connection:
-            await connection.execute(sa.text("DROP TRIGGER wait_at_commit ON item"))
 
 
 @pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)

@@ -16,16 +16,10 @@ from asgi_dbscope import (
     DBSessionMiddleware,
     RollbackOnlyError,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ALL_DRIVERS = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def write(session, row):

@@ -7,7 +7,7 @@ import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 
 ALL_DRIVERS = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
@@ -19,12 +19,6 @@ async def orphan(db):
     db.session.add(Item(id=1))
     await db.session.flush()
     await db.session.execute(sa.insert(Child).values(id=1, item_id=404))
-
-
-async def respond(send, status=200, content=b"ok"):
-    """Answer."""
-    await send(start(status))
-    await send(body(content))
 
 
 async def failing(scope, receive, send):

@@ -24,7 +24,7 @@ from asgi_dbscope import (
     on_completion,
     on_rollback,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 
 ON_SQLITE = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
@@ -75,12 +75,6 @@ ROLLED_BACK = [("rollback",), (Outcome.ROLLED_BACK,)]
 def calls():
     """No call yet."""
     return Calls()
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def write(session, row):

@@ -15,17 +15,11 @@ from asgi_dbscope import (
     TransactionIdleError,
     current_scope,
 )
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ON_ALL = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 class Elsewhere:

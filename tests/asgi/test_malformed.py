@@ -69,27 +69,6 @@ Loop = asyncio.AbstractEventLoop
 
 
 @pytest.fixture
-def loop() -> Iterator[Loop]:
-    """An event loop to run program after program in."""
-    loop = asyncio.new_event_loop()
-    yield loop
-    loop.close()
-
-
-@pytest.fixture(params=["aiosqlite", "asyncpg", "sqlite", "psycopg"])
-def source(
-    request: pytest.FixtureRequest, make_engine: Callable[..., AsyncEngine], loop: Loop
-) -> Iterator[AsyncEngine | sa.Engine]:
-    """An engine, asynchronous or synchronous, on an empty schema."""
-    if request.param in {"sqlite", "psycopg"}:
-        yield request.getfixturevalue("make_sync_engine")(request.param)
-        return
-    engine = make_engine("sqlite" if request.param == "aiosqlite" else request.param)
-    yield engine
-    loop.run_until_complete(engine.dispose())
-
-
-@pytest.fixture
 def observer(source: AsyncEngine | sa.Engine) -> Iterator[sa.Connection]:
     """A connection of its own that sees what is committed."""
     is_sqlite = source.dialect.name == "sqlite"

@@ -4,17 +4,11 @@ import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import DBSessionMiddleware, Outcome, RollbackOnlyError, current_scope
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import Child, Item
 
 TRANSACTION = ["checkout", "begin", "commit", "checkin"]
 RESPONSE = ["start 200", "last body"]
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def test_begin_block_before_the_head_commits_at_its_end(db, drive, rows, timeline):

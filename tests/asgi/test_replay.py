@@ -18,17 +18,11 @@ from asgi_dbscope import (
     session_options,
 )
 from asgi_dbscope.testing import inject_conflicts
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import http_scope, respond
 from tests.fix_database import Item
 
 AT_ONCE = Retry(attempts=3, base=0)
 """Three attempts, without a pause."""
-
-
-async def respond(send, status=200, content=b"ok", headers=()):
-    """Answer."""
-    await send(start(status, headers=list(headers)))
-    await send(body(content))
 
 
 def headers_of(exchange):

@@ -18,19 +18,13 @@ from asgi_dbscope import (
     session_options,
 )
 from asgi_dbscope.testing import inject_conflicts
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Item
 
 AT_ONCE = Retry(attempts=3, base=0)
 
 NEVER_MIND = Retry(attempts=3, base=60, cap=60, max_elapsed=600)
 """Pauses so long that a test would not live to see the next attempt."""
-
-
-async def respond(send, status=200, content=b"ok"):
-    """Answer."""
-    await send(start(status))
-    await send(body(content))
 
 
 async def lose(db, send):

@@ -5,16 +5,10 @@ import sqlalchemy as sa
 
 from asgi_dbscope import DBSessionMiddleware, Outcome, State, current_scope
 from asgi_dbscope.errors import ConfigurationError, RollbackOnlyError, SessionScopeClosedError
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 
 pytestmark = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def test_dry_run_answers_as_it_is_after_the_rollback(db, drive, rows, timeline):

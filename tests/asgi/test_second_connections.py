@@ -8,17 +8,11 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_dbscope import Database, DBSessionMiddleware, PoolTooSmallError
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import Item
 
 AT_ONCE = 20.0
 """Seconds; the pool itself would wait for thirty."""
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def read(session):

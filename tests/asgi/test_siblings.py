@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbscope import Database, DBSessionMiddleware
 from asgi_dbscope.errors import ConcurrentSessionUseError, SessionScopeClosedError
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_cancel import ENOUGH
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
@@ -59,12 +59,6 @@ async def barrier(engine: AsyncEngine, make_engine: Callable[..., AsyncEngine]):
     """A barrier for statements of the engine."""
     async with Barrier(engine) as barrier:
         yield barrier
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def assert_pool_is_intact(engine, *, in_use=0):

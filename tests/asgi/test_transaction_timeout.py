@@ -18,18 +18,12 @@ from asgi_dbscope import (
     current_scope,
     session_options,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 ON_ALL = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
 SLOW = sa.text("SELECT pg_sleep(30)")
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 @ON_POSTGRES

@@ -12,17 +12,11 @@ import trio
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from asgi_dbscope import Database, DBSessionMiddleware, current_scope, current_session
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Child, Item
 
 TRANSACTION = ["checkout", "begin", "commit", "checkin"]
 DISCONNECT = {"type": "http.disconnect"}
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 class Wire:

@@ -17,7 +17,7 @@ from asgi_dbscope import (
 )
 from asgi_dbscope._dialects import find_conflict, mysql_error
 from asgi_dbscope.errors import TransactionAbortedError
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import Item
 from tests.fix_mariadb import schema_on
 
@@ -60,12 +60,6 @@ async def time_out(session: Any, engine: AsyncEngine) -> sa.exc.OperationalError
     return caught.value
 
 
-async def respond(send, status=201):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
-
-
 @ON_MARIADB
 async def test_success_after_a_swallowed_deadlock_becomes_an_error(db, drive, engine, rows):
     """G21: InnoDB has rolled back all; what follows is another transaction, and isn't committed."""
@@ -78,7 +72,7 @@ async def test_success_after_a_swallowed_deadlock_becomes_an_error(db, drive, en
         await db.session.flush()
         await lose_a_deadlock(db.session, engine)
         db.session.add(Item(id=4))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -103,7 +97,7 @@ async def test_savepoint_heals_no_deadlock(db, drive, engine, rows):
                 raise await lose_a_deadlock(db.session, engine)
         except sa.exc.OperationalError:
             db.session.add(Item(id=4))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -123,7 +117,7 @@ async def test_after_a_deadlock_one_may_roll_back_and_begin_again(db, drive, eng
         await lose_a_deadlock(db.session, engine)
         await db.session.rollback()
         db.session.add(Item(id=4))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -141,7 +135,7 @@ async def test_wait_that_timed_out_undoes_its_statement_only(db, drive, engine, 
         await db.session.flush()
         await time_out(db.session, engine)
         db.session.add(Item(id=4))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -162,7 +156,7 @@ async def test_deadlock_after_a_wait_that_timed_out_is_not_overlooked(db, drive,
         await db.session.execute(sa.text("SET SESSION innodb_lock_wait_timeout = 50"))
         await lose_a_deadlock(db.session, engine)
         await time_out(db.session, engine)
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -184,7 +178,7 @@ async def test_wait_that_timed_out_undoes_all_where_the_server_says_so(
             await db.session.flush()
             await time_out(db.session, engine)
             db.session.add(Item(id=4))
-            await respond(send)
+            await respond(send, 201)
 
         exchange = await drive(DBSessionMiddleware(app, database=db))
         await engine.dispose()
@@ -204,7 +198,7 @@ async def test_error_of_one_statement_leaves_the_rest(db, drive, rows):
         await db.session.execute(sa.insert(Item).values(id=1))
         with pytest.raises(sa.exc.IntegrityError):
             await db.session.execute(sa.insert(Item).values(id=1))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
@@ -229,7 +223,7 @@ async def test_request_that_lost_a_deadlock_is_run_again(db, drive, engine, rows
         await db.session.flush()
         if current_scope().attempt == 1:
             raise await lose_a_deadlock(db.session, engine)
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db, retry=Retry(base=0)))
 
@@ -250,7 +244,7 @@ async def test_swallowed_deadlock_is_found_at_the_head_and_run_again(db, drive, 
         if attempt == 1:
             await lose_a_deadlock(db.session, engine)
         db.session.add(Item(id=20 + attempt))
-        await respond(send)
+        await respond(send, 201)
 
     exchange = await drive(DBSessionMiddleware(app, database=db, retry=Retry(base=0)))
 
@@ -285,7 +279,7 @@ async def test_counter_of_many_clients_is_the_number_of_its_successes(engine, dr
     async def app(scope, receive, send):
         item = await db.session.get_one(Item, 1)
         item.note = str(int(item.note or 0) + 1)
-        await respond(send)
+        await respond(send, 201)
 
     async def request():
         async with limit:

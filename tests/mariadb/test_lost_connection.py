@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope, session_options
 from asgi_dbscope.errors import CommitInDoubtError
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import http_scope, respond
 from tests.fix_database import Item
 from tests.fix_mariadb import Wire
 
@@ -32,12 +32,6 @@ async def db(wire: Wire) -> AsyncIterator[Database[Any]]:
     yield Database(engine)
     assert 0 == engine.pool.checkedout()  # type: ignore[attr-defined]
     await engine.dispose()
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def test_connection_killed_before_commit_is_no_success(db, engine, drive, rows):

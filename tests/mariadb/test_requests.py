@@ -8,16 +8,10 @@ import sqlalchemy as sa
 
 from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope, session_options
 from asgi_dbscope.errors import ConcurrentSessionUseError, SessionScopeClosedError
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Item
 
 pytestmark = pytest.mark.parametrize("engine", ["asyncmy"], indirect=True)
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from asgi_dbscope import ConfigurationError, Database, DBSessionMiddleware, session_options
 from asgi_dbscope._dialects import mysql_error
 from asgi_dbscope.errors import TransactionTimeoutError
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import http_scope, respond
 from tests.fix_database import Item
 
 pytestmark = pytest.mark.parametrize("engine", ["asyncmy"], indirect=True)
@@ -24,12 +24,6 @@ WRITE = sa.update(Item).where(Item.id == 1).values(note="written")
 def single(make_engine):
     """An engine with one connection, so that its next user is sure to have the same."""
     return make_engine("asyncmy", pool_size=1, max_overflow=0)
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def refusal(session: Any) -> int | None:

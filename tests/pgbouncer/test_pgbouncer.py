@@ -19,7 +19,7 @@ from asgi_dbscope import (
 )
 from asgi_dbscope.errors import CommitInDoubtError, TransactionAbortedError
 from tests.asgi import test_cancellation
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Base, Child, Item, Timeline
 from tests.fix_pgbouncer import SERVER_CONNECTIONS, PgBouncer
 from tests.fix_proxy import Proxy, after_commit, before_commit
@@ -71,12 +71,6 @@ def clean(schema: sa.Engine) -> None:
     with schema.connect() as connection:
         for table in reversed(Base.metadata.sorted_tables):
             connection.execute(table.delete())
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def change_servers(engine: AsyncEngine) -> tuple[int, int, int]:

@@ -15,19 +15,13 @@ from asgi_dbscope import (
     current_scope,
     session_options,
 )
-from tests.fix_asgi import body, http_scope, start
+from tests.fix_asgi import http_scope, respond
 from tests.fix_database import POSTGRES_DRIVERS, Item
 from tests.fix_proxy import before_commit
 
 AT_ONCE = Retry(attempts=3, base=0)
 
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from asgi_dbscope import (
     Retry,
     current_scope,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 from tests.fix_in_doubt import MakeDatabase
 from tests.fix_proxy import after_commit, before_commit
@@ -46,12 +46,6 @@ async def write(session, number=1):
     """Write a row."""
     session.add(Item(id=number))
     await session.flush()
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 def told(caplog, level):

@@ -11,28 +11,13 @@ from asgi_dbscope import (
     Outcome,
     current_scope,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import start
 from tests.fix_database import Item
-from tests.fix_in_doubt import ENOUGH, run_job
+from tests.fix_in_doubt import ENOUGH, app_of, run_job
 from tests.fix_proxy import after_commit
 
 # Psycopg waits five seconds for a server that it has asked to cancel.
 pytestmark = pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
-
-
-def app_of(db, scopes, before_answer=None):
-    """An app that writes a row, does *before_answer*, and answers."""
-
-    async def app(scope, receive, send):
-        scopes.append(current_scope())
-        db.session.add(Item(id=1))
-        await db.session.flush()
-        if before_answer is not None:
-            before_answer()
-        await send(start(201))
-        await send(body(b"ok"))
-
-    return DBSessionMiddleware(app, database=db)
 
 
 @pytest.mark.parametrize("resolve", [True, False])

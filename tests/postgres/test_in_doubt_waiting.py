@@ -4,85 +4,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from typing import Any, Self
+from typing import Any
 
 import pytest
-import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbscope import (
     CommitInDoubtError,
     DBSessionMiddleware,
     Outcome,
     State,
-    current_scope,
 )
 from tests.fix_asgi import body, start
+from tests.fix_cancel import SlowCommit
 from tests.fix_database import POSTGRES_DRIVERS, Item
-from tests.fix_in_doubt import ENOUGH, run_job
+from tests.fix_in_doubt import ENOUGH, app_of, run_job
 from tests.fix_proxy import after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
-
-
-def app_of(db, scopes, before_answer=None):
-    """An app that writes a row, does *before_answer*, and answers."""
-
-    async def app(scope, receive, send):
-        scopes.append(current_scope())
-        db.session.add(Item(id=1))
-        await db.session.flush()
-        if before_answer is not None:
-            before_answer()
-        await send(start(201))
-        await send(body(b"ok"))
-
-    return DBSessionMiddleware(app, database=db)
-
-
-class HeldCommit:
-    """Makes each COMMIT of a row wait inside the server until it is let through."""
-
-    LOCK = 4713
-
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
-        self._connection: Any = None
-
-    async def __aenter__(self) -> Self:
-        async with self._engine.begin() as connection:
-            function = f"""
-                CREATE OR REPLACE FUNCTION be_held() RETURNS trigger LANGUAGE plpgsql AS
-                $$ BEGIN PERFORM pg_advisory_xact_lock({self.LOCK}); RETURN NULL; END $$
-            """
-            trigger = """
-                CREATE CONSTRAINT TRIGGER be_held AFTER INSERT ON item
-                DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION be_held()
-            """
-            await connection.execute(sa.text(function))
-            await connection.execute(sa.text(trigger))
-        self._connection = await self._engine.connect()
-        await self._connection.execute(sa.select(sa.func.pg_advisory_lock(self.LOCK)))
-        await self._connection.commit()
-        return self
-
-    async def wait_until_reached(self) -> None:
-        """Wait until a COMMIT waits."""
-        waiting = sa.text("SELECT count(*) FROM pg_locks WHERE objid = :lock AND NOT granted")
-        async with self._engine.connect() as connection:
-            while not await connection.scalar(waiting, {"lock": self.LOCK}):
-                await asyncio.sleep(0.001)  # another process begins to wait
-
-    async def let_through(self) -> None:
-        """Let every COMMIT through."""
-        await self._connection.execute(sa.select(sa.func.pg_advisory_unlock_all()))
-        await self._connection.commit()
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.let_through()
-        await self._connection.close()
-        async with self._engine.begin() as connection:
-            await connection.execute(sa.text("DROP TRIGGER be_held ON item"))
 
 
 async def asked_times(caplog, times):
@@ -95,7 +33,7 @@ async def asked_times(caplog, times):
 async def test_commit_that_is_still_under_way_is_waited_for(make_db, engine, proxy, drive, rows):
     """G15: while the server is still at it, it is asked again; then the response goes out."""
     scopes: list[Any] = []
-    async with HeldCommit(engine) as held:
+    async with SlowCommit(engine) as held:
         request = asyncio.create_task(drive(app_of(make_db(), scopes)))
         await held.wait_until_reached()
         proxy.cut()

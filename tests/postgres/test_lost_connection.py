@@ -14,7 +14,7 @@ from asgi_dbscope import (
     Outcome,
     current_scope,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
 from tests.fix_proxy import Proxy, after_commit, before_commit
 
@@ -41,12 +41,6 @@ def assert_is_in_doubt(error):
     assert isinstance(error.__cause__, sa.exc.DBAPIError)
     assert error.__cause__.connection_invalidated
     assert not hasattr(error, "__notes__")
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 async def test_connection_lost_before_commit_is_no_success(db, engine, drive, rows):

@@ -16,7 +16,7 @@ from asgi_dbscope import (
     TransactionIdleError,
     current_scope,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import respond
 from tests.fix_database import POSTGRES_DRIVERS, Item
 from tests.fix_proxy import any_query, before_commit
 from tests.sync_apps import endpoint
@@ -40,12 +40,6 @@ async def far(engine, proxy):
     proxy.cut()
     await far.dispose()
     assert 0 == leaked
-
-
-async def respond(send, status=200):
-    """Answer."""
-    await send(start(status))
-    await send(body(b"ok"))
 
 
 def writing(db, silence, scopes=None):
