@@ -1,0 +1,1 @@
+"""What a request costs, beside every other way to get a session."""

@@ -1,0 +1,23 @@
+"""The contestants: one file for each way to get a session, as its own documentation has it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bench.contestant import Contestant
+
+WAYS = ("bare", "by_hand", "ours")
+"""The files, in the order of the tables."""
+
+
+def contestants() -> list[Contestant]:
+    """All of them."""
+    modules = (import_module(f"{__name__}.{way}") for way in WAYS)
+    return [each for module in modules for each in module.CONTESTANTS]
+
+
+def by_name(name: str) -> Contestant:
+    """The one that is called so."""
+    return next(each for each in contestants() if each.name == name)

@@ -1,0 +1,25 @@
+"""The app without a database."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from bench.apps import Application, Setup, framework
+from bench.contestant import Contestant
+from bench.handlers import none, sync_none
+
+
+def make(name: str, setup: Setup, *, is_sync: bool = False) -> Application:
+    handlers = {"none": sync_none if is_sync else none}
+    return Application(framework(name).app(handlers), setup.async_engine())
+
+
+CONTESTANTS = [
+    *(
+        Contestant("bare", name, "the bare app", partial(make, name))
+        for name in ("asgi", "starlette", "fastapi", "litestar")
+    ),
+    Contestant(
+        "bare", "fastapi", "the bare app", partial(make, "fastapi", is_sync=True), is_sync=True
+    ),
+]

@@ -1,0 +1,1 @@
+"""The same routes in each framework: one file for each."""

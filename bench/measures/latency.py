@@ -1,0 +1,122 @@
+"""How long a request takes: in process, all contestants of a framework by turns."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import statistics
+import time
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from bench.measure import Bench, Json, Table, Unit
+from bench.worker import LOOPS, Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from bench.contestant import Contestant
+    from bench.served import Served
+
+ROUTES = {
+    "none": "no database",
+    "unused": "session obtained, not used",
+    "select": "one SELECT",
+    "insert": "one INSERT, committed",
+}
+WARM = 20
+"""Requests before it counts."""
+
+
+async def prepare(served: Served, route: str, batch_seconds: float) -> int:
+    """Warm up; how many requests make a batch."""
+    answer = await served.ask(route)
+    if answer.status != HTTPStatus.OK or b"item" not in answer.body:
+        raise RuntimeError(f"{route}: {answer}")
+    await served.serve(route, WARM)
+    start = time.perf_counter()
+    await served.serve(route, WARM)
+    gc.collect()
+    return max(1, round(WARM * batch_seconds / (time.perf_counter() - start)))
+
+
+async def batch(served: Served, route: str, requests: int) -> tuple[float, float]:
+    """Microseconds for one request: with the waiting, and the processor's alone."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    await served.serve(route, requests)
+    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
+    return wall / requests * 1e6, cpu / requests * 1e6
+
+
+class Latency:
+    name = "latency"
+    title = "Time"
+    about = "Microseconds for one request, in process: medians, and quartiles in brackets."
+    needs: Sequence[str] = ()
+
+    def units(self, bench: Bench) -> list[Unit]:
+        groups = list(dict.fromkeys(each.group for each in bench.contestants))
+        return [self._unit(bench, loop, group) for loop in LOOPS for group in groups]
+
+    def _unit(self, bench: Bench, loop: str, group: str) -> Unit:
+        contestants = bench.group(group)
+        rounds = int(bench.budget(60 if loop == "asyncio" else 30, 3))
+        batch_seconds = bench.budget(0.015, 0.002)
+
+        def run(bench: Bench, tell: Callable[[float], None]) -> Json:
+            with contextlib.ExitStack() as stack:
+                workers = [
+                    stack.enter_context(bench.worker(each, loop=loop)) for each in contestants
+                ]
+                found: dict[str, Json] = {}
+                for done, route in enumerate(ROUTES):
+                    found[route] = interleave(workers, route, rounds, batch_seconds)
+                    tell((done + 1) / len(ROUTES))
+            return found
+
+        seconds = len(contestants) * (1.5 + len(ROUTES) * rounds * batch_seconds * 1.2)
+        return Unit(f"{loop} {group}", [each.name for each in contestants], seconds, run)
+
+    def tables(self, found: Mapping[str, Json]) -> list[Table]:
+        return [
+            Table(
+                f"{unit.partition(' ')[2]}, {unit.partition(' ')[0]}, {kind}",
+                list(ROUTES.values()),
+                rows(routes, kind),
+            )
+            for unit, routes in found.items()
+            for kind in ("wall", "cpu")
+        ]
+
+
+def takes_part(contestant: Contestant, route: str) -> bool:
+    return route == "none" or contestant.way != "bare"
+
+
+def interleave(
+    workers: Sequence[Worker], route: str, rounds: int, batch_seconds: float
+) -> dict[str, Any]:
+    """Let them take turns: A B C ... A B C ...; what disturbs the machine disturbs all of them."""
+    racing = [each for each in workers if takes_part(each.contestant, route)]
+    sizes = [each.call(prepare, route, batch_seconds) for each in racing]
+    samples: dict[str, Any] = {each.contestant.name: {"wall": [], "cpu": []} for each in racing}
+    for _ in range(rounds):
+        for worker, size in zip(racing, sizes, strict=True):
+            wall, cpu = worker.call(batch, route, size)
+            samples[worker.contestant.name]["wall"].append(round(wall, 3))
+            samples[worker.contestant.name]["cpu"].append(round(cpu, 3))
+    return samples
+
+
+def rows(routes: Mapping[str, Any], kind: str) -> dict[str, list[str]]:
+    names = dict.fromkeys(name for samples in routes.values() for name in samples)
+    return {
+        name: [
+            f"{statistics.median(samples[name][kind]):,.2f}" if name in samples else ""
+            for samples in routes.values()
+        ]
+        for name in names
+    }
+
+
+MEASURE = Latency()

@@ -1,0 +1,68 @@
+"""What was measured, in one JSON file: where, with which versions, and what came of each unit."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from bench.measure import Json, Unit
+
+
+class Results:
+    """The file. A unit is written down when it is done, so that an interrupted run goes on.
+
+    Args:
+        path: Where it is; it need not exist.
+
+        about: The machine and the versions. Results of others are left behind.
+    """
+
+    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+        self.path = path
+        self.about = dict(about)
+        self._measures: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            written = json.loads(path.read_text())
+            if written["about"] == json.loads(json.dumps(self.about)):
+                self._measures = written["measures"]
+
+    def has(self, measure: str, unit: Unit) -> bool:
+        """Whether that unit is done, with the very same contestants."""
+        written = self._measures.get(measure, {}).get(unit.name)
+        return written is not None and written["contestants"] == list(unit.contestants)
+
+    def put(self, measure: str, unit: Unit, found: Json) -> None:
+        """Write down what a unit found."""
+        self._measures.setdefault(measure, {})[unit.name] = {
+            "contestants": list(unit.contestants),
+            "when": time.strftime("%Y-%m-%d %H:%M"),
+            "load": round(os.getloadavg()[0], 2),
+            "found": found,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        draft = self.path.with_name(f"{self.path.name}.draft")
+        draft.write_text(json.dumps({"about": self.about, "measures": self._measures}, indent=1))
+        draft.replace(self.path)
+
+    def found(self, measure: str) -> dict[str, Json]:
+        """What the units of a measure found, by their names."""
+        return {name: unit["found"] for name, unit in self._measures.get(measure, {}).items()}
+
+
+def machine() -> dict[str, Any]:
+    """Where it was measured."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+    }
