@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     class ScopeHolder(Protocol):
         """A request, or a scope by itself."""
 
-        @property
-        def outer(self) -> ScopeHolder | None:
-            """The holder around this one."""
-            ...
+        outer: ScopeHolder | None
+        """The holder around this one."""
 
         @property
         def is_over(self) -> bool:
@@ -76,6 +74,19 @@ innermost: ContextVar[ScopeHolder | None] = ContextVar("asgi_dbscope", default=N
 
 get_innermost, set_innermost, reset_innermost = innermost.get, innermost.set, innermost.reset
 """Bound once: binding them costs a request more than calling them."""
+
+
+def open_around(holder: ScopeHolder | None) -> ScopeHolder | None:
+    """*holder*, or the next one around it that hasn't ended; those that have are let go of.
+
+    A task is born in the context of whoever started it, and servers read a connection's next
+    request in that of the one before: what has ended there is around nobody, and would be kept.
+    """
+    while holder is not None and holder.is_over:
+        holder = holder.outer
+    if holder is not None and holder.outer is not None:
+        holder.outer = open_around(holder.outer)
+    return holder
 
 
 innermost_block: ContextVar[Any] = ContextVar("asgi_dbscope_block", default=None)

@@ -14,7 +14,7 @@ from sqlalchemy import Engine
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbscope._admission import KEY, Admission, AdmittedRequest
-from asgi_dbscope._current import get_innermost, reset_innermost, set_innermost
+from asgi_dbscope._current import get_innermost, open_around, reset_innermost, set_innermost
 from asgi_dbscope._database import Database
 from asgi_dbscope._gate import ResponseGate, Served
 from asgi_dbscope._messages import type_of
@@ -154,7 +154,10 @@ class DBSessionMiddleware:
         if admits_or_replays:
             return await self._serve_otherwise(served, scope, receive, send)
         scope[KEY] = True
-        gate = ResponseGate(served, get_innermost(), scope, receive, send)
+        outer = get_innermost()
+        if outer is not None:
+            outer = open_around(outer)
+        gate = ResponseGate(served, outer, scope, receive, send)
         token = set_innermost(gate)
         try:
             result = await self.app(scope, gate.receive, gate.send)
@@ -184,7 +187,7 @@ class DBSessionMiddleware:
             is_first = around is None
             if is_first and (served.retry is not None or endpoint_retries.max_body is not None):
                 return await serve(self.app, served, scope, receive, send)
-            gate = ResponseGate(served, get_innermost(), scope, receive, send)
+            gate = ResponseGate(served, open_around(get_innermost()), scope, receive, send)
             return await serve_once(self.app, gate, scope)
         finally:
             if request is not None:
@@ -205,7 +208,7 @@ class DBSessionMiddleware:
 
     async def _serve_websocket(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Serve a connection whose messages have sessions, by blocks of their own."""
-        holder = get_innermost()
+        holder = open_around(get_innermost())
         session_scopes: list[SessionScope[Any]] = []
         for database, options in self._served.options.items():
             holder = SessionScope(database, holder, options, scope)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from asgi_dbscope._answers import Answer, mark
 from asgi_dbscope._completion import redeliver
-from asgi_dbscope._current import get_innermost, reset_innermost, set_innermost
+from asgi_dbscope._current import get_innermost, open_around, reset_innermost, set_innermost
 from asgi_dbscope._dialects import find_conflict
 from asgi_dbscope._gate import Phase, ResponseGate, find_base_http_middleware
 from asgi_dbscope._messages import type_of
@@ -50,7 +50,7 @@ async def serve(app: AnyASGIApp, served: Served, scope: Scope, receive: Receive,
     The first attempt has the very *scope* that the server made, each later one a copy of it as it
     was at the beginning.
     """
-    outer = get_innermost()
+    outer = open_around(get_innermost())
     recording = Recording(receive, _most_bytes(served.retry))
     attempt = Attempt(served.retry, None if outer is None else outer.current_attempt)
     snapshot, current = _copied(scope), scope

@@ -15,7 +15,7 @@ from asgi_dbscope import _dialects
 from asgi_dbscope._admission import KEY, AdmittedRequest
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
-from asgi_dbscope._current import is_of_another_task
+from asgi_dbscope._current import is_of_another_task, open_around
 from asgi_dbscope._doubt import lose_answer
 from asgi_dbscope._driver import end_transaction
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
@@ -745,6 +745,8 @@ class SessionScope(Lifecycle, Generic[S]):
         self.advance(Event.CLOSED)
         if session is not None and use is not None and not use.is_abandoned:
             session.close()
+        if self.outer is not None:  # a task that goes on in this context keeps this one alive
+            self.outer, self.holder = open_around(self.outer), None
 
     def _tell_of_loss(self, use: SessionUse, ending: Ending) -> None:
         """A session that was closed by hand rolled back: a success must not be claimed."""

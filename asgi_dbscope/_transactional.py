@@ -72,6 +72,13 @@ JOIN, IN_TRANSACTION, CLOSED = Entry.JOIN, Situation.IN_TRANSACTION, State.CLOSE
 """Looked up once: joining should cost nothing."""
 
 
+def _open_around(entered: _Entered | None) -> _Entered | None:
+    """*entered*, or the next one around it that hasn't been left: the others would be kept."""
+    while entered is not None and entered not in entered.block.live:
+        entered = entered.outer
+    return entered
+
+
 class _Entered:
     """One entry of a transactional block.
 
@@ -137,6 +144,12 @@ class _Entered:
         self.block.live.discard(self)
         if self.joined is not None:
             self.joined.inner -= 1
+        self._leave_context()
+        if self.outer is not None:
+            self.outer = _open_around(self.outer)
+            del self.token  # knows it, too
+
+    def _leave_context(self) -> None:
         innermost = _current.innermost_block
         if innermost.get() is not self:  # left in another context, or before a block inside it
             return
@@ -146,7 +159,7 @@ class _Entered:
             innermost.set(self.outer)
         outer = self.outer
         if outer is not None and outer not in outer.block.live:  # left before this one
-            innermost.set(outer.outer)
+            innermost.set(_open_around(outer))
 
 
 class _Owning(_Entered):
