@@ -21,16 +21,16 @@ from asgi_dbscope._completion import redeliver
 from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._lifecycle import Fact
 from asgi_dbscope._messages import (
-    check_last_message,
+    check_body,
     ends_body,
     ends_trailers,
     promises_trailers,
     read_head,
+    refuse_second_head,
     type_of,
 )
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._scope import SessionScope
-from asgi_dbscope.errors import MalformedMessageError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -123,6 +123,7 @@ class ResponseGate:
         "_failure",
         "_has_trailers",
         "_is_body_sent",
+        "_is_head_taken",
         "_lock",
         "_outer_exception",
         "_phase",
@@ -308,7 +309,7 @@ class ResponseGate:
                 if self._phase is Phase.RESPONSE and kind == "http.response.start":
                     self._check_answer(message, exception)
                     await self._settle_head(message, exception)
-                elif self._phase is Phase.BODY and self._is_last(kind, message):
+                elif self._phase is Phase.BODY:
                     await self._settle_body(kind, message)
             except Exception as error:
                 self._failure = error
@@ -317,9 +318,20 @@ class ResponseGate:
 
                     forget_head(self._asgi_scope)
                 raise
+            before = self._phase
             self._note(kind, message)
+            after = self._phase
         # Not in its turn any more: a client that reads slowly holds up nobody but itself.
-        await self._raw_send(message)
+        try:
+            await self._raw_send(message)
+        except Exception:  # refused; a cancellation says nothing of what has gone out
+            if self._phase is after:
+                self._phase = before
+                if before is _BODY and after is _BODY and ends_body(kind, message):
+                    self._is_body_sent = False
+            raise
+        if before is _RESPONSE and after is _BODY:
+            self._is_head_taken = True
 
     # ---------------------------------------------------------------- settling
 
@@ -351,12 +363,17 @@ class ResponseGate:
             raise
 
     async def _settle_body(self, kind: str | None, message: Message) -> None:
-        try:
-            check_last_message(kind, message, self._asgi_scope)
-        except MalformedMessageError:
-            await self._settle_all(Cause.RAISED)
-            raise
-        await self._settle_all(Cause.COMPLETED)
+        is_last = self._is_last(kind, message)
+        if not all(scope.is_settled() for scope in self.scopes):
+            try:
+                if kind == "http.response.start" and not hasattr(self, "_is_head_taken"):
+                    refuse_second_head(self._asgi_scope)
+                check_body(kind, message, self._asgi_scope, is_last=is_last)
+            except BaseException:
+                await self._settle_all(Cause.RAISED)
+                raise
+        if is_last:
+            await self._settle_all(Cause.COMPLETED)
 
     async def _settle_all(self, cause: Cause) -> None:
         for scope in self.scopes:

@@ -30,12 +30,6 @@ from asgi_dbscope import (
 from tests.fix_asgi import body, http_scope, start
 from tests.fix_database import Item
 from tests.malformed import (
-    BODIES,
-    HEADS,
-    MALFORMED_BODIES,
-    MALFORMED_HEADS,
-    RECEIVED,
-    STRANGE,
     AppError,
     Model,
     Program,
@@ -44,6 +38,16 @@ from tests.malformed import (
     Step,
     kind_of,
     programs,
+)
+from tests.messages import (
+    BODIES,
+    FIELD_MESSAGES,
+    HEADS,
+    MALFORMED_BODIES,
+    MALFORMED_HEADS,
+    RECEIVED,
+    STRANGE,
+    TRAILERS,
 )
 
 EXAMPLES = os.environ.get("DBSCOPE_TEST_PROGRAMS")
@@ -106,15 +110,16 @@ class Run:
     error: str | None = None
 
     def __post_init__(self) -> None:
-        self._rules = Rules(self.program.offers_trailers)
+        self._rules = Rules(self.program.has_extensions)
         self._names: dict[int, str] = {}
         self._received: Any = None
 
     async def run(self) -> None:
         """Run it to its end, as a server does."""
         extensions: dict[str, Any] = {}
-        if self.program.offers_trailers:
-            extensions["http.response.trailers"] = {}
+        if self.program.has_extensions:
+            kinds = ("trailers", "pathsend", "zerocopysend")
+            extensions.update({f"http.response.{kind}": {} for kind in kinds})
         wrapped = DBSessionMiddleware(self._app, database=self.db, retry=self.retry)
         scope = http_scope(extensions=extensions)
         try:
@@ -197,7 +202,7 @@ def compare(source: Any, observer: sa.Connection, loop: Loop, retry: Retry | Non
     firsts = itertools.count(step=SPAN)
 
     def compare(program: Program) -> None:
-        model = Model(program)
+        model = Model(program, is_replayable=retry is not None)
         run = Run(program, db, observer, retry, first=next(firsts))
         loop.run_until_complete(run.run())
 
@@ -220,13 +225,14 @@ def test_random_programs_commit_what_was_understood(compare):
 
 WRITE, READ = Step("write"), Step("read")
 OK, LAST = Step("send", HEADS["200"], "200"), Step("send", BODIES["last"], "last")
+BEFORE_TRAILERS = (Step("send", HEADS["trailers"], "trailers"), WRITE, LAST)
 MOMENTS = {
     "before the head": ((WRITE,), (WRITE, OK, LAST)),
     "before the head, after a read": ((READ,), (OK, LAST)),
     "with nothing open": ((), (WRITE, OK, WRITE, LAST)),
     "in the body": ((OK, WRITE), (WRITE, LAST)),
     "after the end": ((OK, LAST, WRITE), (OK, LAST)),
-    "before the trailers": ((Step("send", HEADS["trailers"], "trailers"), WRITE, LAST), (WRITE,)),
+    "before the trailers": (BEFORE_TRAILERS, (WRITE,)),
 }
 """What an app does before and after it sends one message of the tables."""
 
@@ -236,12 +242,30 @@ MOMENTS = {
 def test_every_message_at_every_moment(compare, moment):
     """G1, G3, G7, G18: there is no message that commits, hangs or leaks at the wrong time."""
     before, after = MOMENTS[moment]
-    tables = {**HEADS, **MALFORMED_HEADS, **BODIES, **MALFORMED_BODIES}
+    tables = {**HEADS, **MALFORMED_HEADS, **BODIES, **MALFORMED_BODIES, **TRAILERS}
     sent = [Step("send", make, name) for name, make in (tables | STRANGE).items()]
     received = [Step("receive", make, name) for name, make in RECEIVED.items()]
     is_strict = moment in {"with nothing open", "in the body", "after the end"}
     for step in [*sent, *received]:
         compare(Program((*before, step, *after), True, is_strict, True))
+
+
+DECISIVE = {
+    "http.response.start": (WRITE,),
+    "http.response.trailers": BEFORE_TRAILERS,
+    "http.response.body": (OK, WRITE),
+    "http.response.pathsend": (OK, WRITE),
+    "http.response.zerocopysend": (OK, WRITE),
+}
+"""What an app does before a message of each type that ends its transaction."""
+
+
+@pytest.mark.parametrize("source", ["sqlite"], indirect=True)
+def test_every_field_left_out_or_wrong(compare):
+    """G1, G7: no field of a message can be missing, or of a wrong type, and something commits."""
+    for name, make in FIELD_MESSAGES.items():
+        before = DECISIVE[name.partition(",")[0]]
+        compare(Program((*before, Step("send", make, name)), False, False, True))
 
 
 # --------------------------------------------------------------------------------------
@@ -261,7 +285,7 @@ def test_messages_sent_at_the_same_time(source, observer, loop):
     @given(st.lists(st.sampled_from(sends), min_size=2, max_size=6), st.booleans())
     def check(steps: list[Step], is_strict: bool) -> None:
         first = next(firsts)
-        rules, names = Rules(offers_trailers=False), dict[int, str]()
+        rules, names = Rules(has_extensions=False), dict[int, str]()
         seen: list[tuple[object, list[int]]] = []
 
         async def send(message: Any) -> None:

@@ -334,7 +334,7 @@ async def test_body_is_ended_by_the_extensions_that_end_it(db, drive, rows, time
         await send(last)
         db.session.add(Item(id=2))
 
-    await drive(DBSessionMiddleware(app, database=db))
+    await drive(DBSessionMiddleware(app, database=db), http_scope(extensions={last["type"]: {}}))
 
     kind = last["type"].rpartition(".")[2]
     assert ["start 200", *TRANSACTION, kind, *TRANSACTION] == timeline

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from starlette.routing import Route
 from asgi_dbscope import Database
 from tests.fix_database import Base, Child, Item
 from tests.fix_frameworks import added, wrapped
-from tests.malformed import MALFORMED_HEADS
+from tests.messages import MALFORMED_HEADS
 from tests.server.channel import Channel, Observed
 
 THIS_FILE = Path(__file__)
@@ -350,6 +351,14 @@ class Plain:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         _, _, kind, number = scope["path"].split("/")
         item_id = int(number)
+        if kind == "refused":
+            with contextlib.suppress(TypeError, ValueError, KeyError):
+                await send({"type": "http.response.start", "status": 200, "headers": [("a", "b")]})
+                return  # a server that takes it
+            self.db.session.add(Item(id=item_id))
+            await send({"type": "http.response.start", "status": 500, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
         self.db.session.add(Item(id=item_id))
         if kind == "malformed":
             await send(list(MALFORMED_HEADS.values())[item_id]())

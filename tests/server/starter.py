@@ -20,7 +20,7 @@ PRELOADED = [
     *("uvicorn.main", "hypercorn.__main__", "hypercorn.asyncio.run", "granian.cli"),
     *("uvicorn.protocols.http.h11_impl", "uvicorn.protocols.http.httptools_impl", "websockets"),
     *("twisted.internet.asyncioreactor", "twisted.internet.endpoints", "twisted.web.http"),
-    *("autobahn.twisted.websocket", "tests.malformed"),
+    *("autobahn.twisted.websocket", "tests.messages"),
 ]
 """What servers and the app import; of daphne only what comes before it chooses a reactor."""
 

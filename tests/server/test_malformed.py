@@ -2,7 +2,7 @@
 
 import contextlib
 
-from tests.malformed import MALFORMED_HEADS
+from tests.messages import MALFORMED_HEADS
 
 
 def test_head_that_cannot_be_understood_is_a_500_and_no_row(served, stored):
@@ -17,4 +17,13 @@ def test_head_that_cannot_be_understood_is_a_500_and_no_row(served, stored):
     assert [500] * len(paths) == statuses
     errors = [served.wait_for("ended", path).more["error"] for path in paths]
     assert ["MalformedMessageError"] * len(paths) == errors
+    assert [] == stored.ids()
+
+
+def test_head_after_one_that_the_server_refused_leaves_no_row(served, stored):
+    """G3: whether the server would take a second head or not, no error comes with a row."""
+    with served.connect() as client:
+        client.send("POST", "/plain/refused/1")
+        served.wait_for("ended", "/plain/refused/1")
+
     assert [] == stored.ids()
