@@ -378,6 +378,15 @@ def is_aborted(connection: Connection, error: BaseException | None) -> bool:
     return True
 
 
+def mixes_up_answers(dialect: Dialect) -> bool:
+    """Whether two tasks that read from a connection at once take each other's answers.
+
+    asyncmy wakes only the one that came last: the other waits for ever. asyncpg refuses the second,
+    psycopg and aiosqlite let it wait.
+    """
+    return dialect.name in MYSQL
+
+
 def begin(connection: Connection) -> None:
     """Begin in the database itself, where the driver would put it off.
 

@@ -72,7 +72,10 @@ def settle_doubt(session: Session, use: SessionUse, error: BaseException) -> boo
         return False
     if not isinstance(error, Exception):  # a cancellation stays one
         return False
-    raise CommitInDoubtError(_describe(scope), transaction_id=scope.transaction_id) from error
+    doubt = CommitInDoubtError(_describe(scope), transaction_id=scope.transaction_id)
+    if scope.expiry is not None:
+        scope.expiry = doubt  # the clock has said that it was rolled back
+    raise doubt from error
 
 
 def _describe(scope: SessionScope[Any]) -> str:

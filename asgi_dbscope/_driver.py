@@ -45,7 +45,7 @@ def end_transaction(
     use.begin_ending()
     try:
         if use.is_busy and not use.wait_until_free(timeout):
-            _invalidate(scope, session, use)
+            throw_away(scope, session, use)
             if ending is Ending.COMMIT and not use.is_torn:
                 raise ConcurrentSessionUseError(use.busy_message(timeout))
         elif savepoint is not None:
@@ -56,7 +56,7 @@ def end_transaction(
             scope.warn_of_loss(session, use)
             _roll_back(scope, session, use)
     except asyncio.CancelledError:  # out of grace
-        _invalidate(scope, session, use)
+        throw_away(scope, session, use)
         if ending is Ending.COMMIT:
             raise
     finally:
@@ -90,12 +90,13 @@ def _roll_back(scope: SessionScope[Any], session: Session, use: SessionUse) -> N
         logger.warning(
             "%s: ROLLBACK failed; the connection is thrown away", scope.label, exc_info=True
         )
-        _invalidate(scope, session, use)
+        throw_away(scope, session, use)
     finally:
         scope.is_rolling_back = False
 
 
-def _invalidate(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
+def throw_away(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
+    """Close the connections, which ends their transaction, without a word to the database."""
     use.is_closed = True
     try:
         use.invalidate(session)

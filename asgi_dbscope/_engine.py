@@ -74,6 +74,12 @@ def _watch_of(connection: Connection) -> Watch | None:
     return connection.__dict__.get(WATCH)
 
 
+def scope_on(connection: Connection) -> SessionScope[Any] | None:
+    """The innermost scope that has a transaction open on *connection*."""
+    watched = _watch_of(connection)
+    return None if watched is None else watched.scopes[-1]
+
+
 def watch(connection: Connection, scope: SessionScope[Any]) -> None:
     """Report to *scope* what goes wrong on *connection*, until :func:`unwatch`.
 
@@ -273,11 +279,11 @@ def _remedy(connection: Connection, scope: SessionScope[Any]) -> str:
     )
 
 
-def _on_error(context: ExceptionContext) -> None:
+def _on_error(context: ExceptionContext) -> BaseException | None:
     connection = context.connection
     watched = None if connection is None else _watch_of(connection)
     if watched is None or connection is None:
-        return
+        return None
     scope = watched.scopes[-1]
     error = context.original_exception
     scope.note_error(context.sqlalchemy_exception or error)
@@ -295,6 +301,8 @@ def _on_error(context: ExceptionContext) -> None:
             watched.error = error
         if scope.state is State.COMMITTING:  # past the session's check: a listener of the user's
             guard_commit(connection)
+    is_at_work = context.execution_context is not None and isinstance(error, Exception)
+    return scope.expiry if is_at_work else None  # rows may be read past everything that we see
 
 
 def _on_checkin(

@@ -8,7 +8,6 @@ from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
-from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbscope import _dialects
@@ -17,7 +16,7 @@ from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._current import is_of_another_task, open_around
 from asgi_dbscope._doubt import lose_answer
-from asgi_dbscope._driver import end_transaction
+from asgi_dbscope._driver import end_transaction, throw_away
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
 from asgi_dbscope._lifecycle import (
     OPEN,
@@ -34,7 +33,6 @@ from asgi_dbscope._retry import AUTOCOMMITTED, COMMITTED, IN_DOUBT
 from asgi_dbscope._task_use import IdleTaskUse, TaskUse
 from asgi_dbscope._text import label_of, one_line
 from asgi_dbscope._thread_use import IdleThreadUse, ThreadUse
-from asgi_dbscope._use import note_stream
 from asgi_dbscope.errors import (
     ConcurrentSessionUseError,
     ConfigurationError,
@@ -621,7 +619,10 @@ class SessionScope(Lifecycle, Generic[S]):
 
     async def end_expired(self) -> asyncio.CancelledError | None:
         """Roll back a transaction whose time is up; the head, or the block's end, is told later."""
-        cancellation = await self.run(end_transaction, Ending.ROLLBACK)
+        if self.watch is not None and self.watch.is_being_read:
+            cancellation = await self.run(throw_away)
+        else:
+            cancellation = await self.run(end_transaction, Ending.ROLLBACK)
         if self.agenda is not None:
             self.note_end(Outcome.ROLLED_BACK)
             cancellation = await run_hooks(self, is_failing=True) or cancellation
@@ -796,8 +797,6 @@ class SessionScope(Lifecycle, Generic[S]):
                 else:
                     use = IdleThreadUse(self) if watches_idling else ThreadUse(self)
                     sync_session = session
-                if watches_idling:
-                    event.listen(sync_session, "do_orm_execute", note_stream)
                 sync_session.use = use
                 self.use = use
                 self.sync_session = sync_session

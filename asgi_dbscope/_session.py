@@ -13,16 +13,17 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, TextClause, event
-from sqlalchemy.exc import DBAPIError, SAWarning
+from sqlalchemy.exc import SAWarning
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util import await_only
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._checkout import is_exhausted, note_pool, pool_note
-from asgi_dbscope._doubt import lose_answer, miss_answer, settle_doubt
+from asgi_dbscope._connection import REPORTED, check_time, is_read, real_error, report_use
+from asgi_dbscope._doubt import lose_answer, settle_doubt
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
-from asgi_dbscope._lifecycle import OPEN, Event, Outcome, State
+from asgi_dbscope._lifecycle import OPEN, Event, Outcome
 from asgi_dbscope._transaction_status import find_transaction
 from asgi_dbscope._watch import SLACK, watch_transaction
 from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError, PoolExhaustedError
@@ -107,8 +108,8 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
                 for connection in use.connections:
                     _dialects.begin(connection)
         transaction = begin(self, nested=nested)
-        if use is not None and not nested:
-            use.is_begun_by_hand = True
+        if use is not None:
+            use.is_begun_by_hand = use.is_begun_by_hand or not nested
             transaction.__class__ = _TransactionByHand
         return transaction
 
@@ -131,6 +132,7 @@ def _connecting(connection: Callable[..., Any]) -> Callable[..., Any]:
         if self.use is not None:  # who asks for the connection may use its verbs
             _dialects.begin(found)
             guard_commit(found)
+            report_use(found)
         return found
 
     return connecting
@@ -192,25 +194,45 @@ def _committing_inside(commit: Callable[..., Any]) -> Callable[..., Any]:
         use: SessionUse = self.use
         try:
             commit(self)
-        except BaseException as error:  # noqa: BLE001 - raised again
-            real = _real(use, error)
-            if not settle_doubt(self, use, real):
-                raise real  # noqa: B904 - *error* itself, mostly
+        except BaseException as error:  # noqa: BLE001 - raised again, mostly
+            _settle(self, use, error)
 
     return commit_inside
 
 
+def _settle(session: Session, use: SessionUse, error: BaseException) -> None:
+    """A COMMIT of *session* raised *error*: raise what it really is, if it didn't succeed."""
+    real = real_error(use, error)
+    if not settle_doubt(session, use, real):
+        raise real
+
+
 class _TransactionByHand(SessionTransaction):
-    """That of a ``begin()`` of the user's own, which ends without the session's ``commit()``."""
+    """That of a block of the user's own, which ends past the session's ``commit()``."""
 
     def commit(self, _to_root: bool = False) -> None:
+        session: Any = self.session
+        self._end(super().commit, session.use.enter(), _to_root)
+
+    def rollback(self, _capture_exception: bool = False, _to_root: bool = False) -> None:
+        session: Any = self.session
+        self._end(super().rollback, session.use.enter_quietly(), _capture_exception, _to_root)
+
+    def close(self, invalidate: bool = False) -> None:
+        session: Any = self.session
+        self._end(super().close, session.use.enter_quietly(), invalidate)
+
+    def _end(self, end: Callable[..., Any], user: object, *arguments: Any) -> None:
+        session: Any = self.session
+        use: SessionUse = session.use
         try:
-            super().commit(_to_root)
-        except BaseException as error:  # noqa: BLE001 - raised again
-            session: Any = self.session
-            real = _real(session.use, error)
-            if not settle_doubt(session, session.use, real):
-                raise real  # noqa: B904 - *error* itself, mostly
+            end(*arguments)
+        except BaseException as error:  # noqa: BLE001 - raised again, mostly
+            _settle(session, use, error)
+        finally:
+            use.leave(user, session)
+            if user is not None and not self.nested and use.scope.agenda is not None:
+                use.run_hooks()
 
 
 def _rolling_back(rollback: Callable[..., Any]) -> Callable[..., Any]:
@@ -239,8 +261,8 @@ def _reporting(
         try:
             use.has_written = use.has_written or writes
             return method(self, *args, **kwargs)
-        except _REPORTED as error:
-            _check_time(use, error)
+        except REPORTED as error:
+            check_time(use, error)
             if explains:
                 _explain(use, error)
             raise
@@ -258,13 +280,13 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, statement, *args, **kwargs)
         user = use.enter()
         try:
-            if not _is_read(statement):
+            if not is_read(statement):
                 use.has_written = True
                 if use.scope.database.begins_late and not _is_outside(statement):
                     self.begin_on_database()
             return method(self, statement, *args, **kwargs)
-        except _REPORTED as error:
-            _check_time(use, error)
+        except REPORTED as error:
+            check_time(use, error)
             _explain(use, error)
             raise
         finally:
@@ -273,21 +295,11 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
     return reporting_statement
 
 
-def _is_read(statement: Any) -> bool:
-    """Whether *statement* looks like a read; it decides over warnings, never over a COMMIT."""
-    if isinstance(statement, TextClause):
-        return statement.text.lstrip()[:6].upper() in _READS
-    return bool(getattr(statement, "is_select", False))
-
-
 def _is_outside(statement: Any) -> bool:
     """Whether *statement* is one that SQLite refuses inside a transaction."""
     return isinstance(statement, TextClause) and (
         statement.text.lstrip()[:6].upper() in {"VACUUM", "ATTACH", "DETACH"}
     )
-
-
-_READS = frozenset({"SELECT", "VALUES", "EXPLAI", "PRAGMA"})
 
 
 def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -312,25 +324,6 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _NO_PLACE = (PoolTimeoutError, PoolExhaustedError)
-_REPORTED = (OSError, DBAPIError, PoolTimeoutError, CancelledError)
-
-
-def _check_time(use: SessionUse, error: BaseException) -> None:
-    """Raise what *error* really is where the time of the transaction was up."""
-    real = _real(use, error)
-    if real is not error:
-        raise real from error
-
-
-def _real(use: SessionUse, error: BaseException) -> BaseException:
-    """What *error* really is."""
-    scope = use.scope
-    if scope.watch is None:
-        return error
-    real = scope.watch.convert(error)
-    if real is not error and scope.state is State.COMMITTING and not scope.is_answer_missing:
-        miss_answer(scope)  # the driver said nothing of it
-    return real
 
 
 def _explain(use: SessionUse, error: BaseException) -> None:
@@ -439,20 +432,23 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
         _dialects.shape_transaction(
             connection, isolation_level=shape.isolation_level, read_only=shape.read_only
         )
-    if scope.deadline is not None or scope.shape.timeout is not None:
-        _limit_on_server(scope, connection)
+    if scope.deadline is not None or shape.is_timed:
+        _limit(scope, connection)
     if scope.database.label_transactions == "application_name":
         _dialects.label_transaction(connection, scope.block_label or scope.label)
     if session.in_nested_transaction():
         _dialects.begin(connection)
 
 
-def _limit_on_server(scope: SessionScope[Any], connection: Connection) -> None:
+def _limit(scope: SessionScope[Any], connection: Connection) -> None:
+    """Tell the server how long it may take; and let our clock see what is done past the session."""
     if scope.deadline is not None:
         slack = 0.0 if scope.database.is_sync else SLACK  # a thread has no clock of its own here
         _dialects.limit_transaction(connection, scope.deadline - monotonic(), slack=slack)
     elif scope.shape.timeout is not None and scope.shape.mode != "autocommit":
         _dialects.limit_transaction(connection, scope.shape.timeout, slack=SLACK)
+    if scope.watch is not None:
+        report_use(connection)
 
 
 def _after_flush(session: Any, context: Any) -> None:
@@ -531,8 +527,6 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
     use: SessionUse | None = session.use
     if use is None or transaction.parent is not None:
         return
-    ends_block = use.is_begun_by_hand and use.user is None and use.ender is None
-    was_committing = use.is_committing
     use.has_written = False
     use.is_begun_by_hand = False
     use.is_committing = False
@@ -546,7 +540,3 @@ def _after_transaction_end(session: Any, transaction: SessionTransaction) -> Non
             lose_answer(use.scope)
         else:
             use.scope.advance(Event.ROLLED_BACK)
-    if ends_block and use.scope.agenda is not None:
-        if not was_committing:  # a rollback of nothing is reported after this
-            use.scope.note_end(Outcome.ROLLED_BACK)
-        use.run_hooks()  # of an `async with session.begin():` of the user's own

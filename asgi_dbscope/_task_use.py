@@ -97,6 +97,14 @@ class TaskUse(SessionUse):
             raise
         return task
 
+    def enter_quietly(self) -> asyncio.Task[Any] | None:
+        if not self.is_free:
+            return None
+        if self._turns is not None:
+            await_only(self._turns.acquire())
+        task = self.user = self.check_place()
+        return task
+
     def _take(self, task: asyncio.Task[Any]) -> None:
         while self.ender is not None:
             await_only(asyncio.wait([self.ender]))
@@ -212,10 +220,6 @@ class TaskUse(SessionUse):
 
 class IdleTaskUse(IdleNotes, TaskUse):
     """The same, where it matters whether a transaction idles."""
-
-    def leave(self, user: object, session: Session) -> None:
-        self.note_leave(user)
-        super().leave(user, session)
 
 
 async def _in_time(operation: Coroutine[Any, Any, T], timeout: float) -> T:  # noqa: ASYNC109 - that is its point

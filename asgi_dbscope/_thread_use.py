@@ -111,6 +111,13 @@ class ThreadUse(SessionUse):
             self.user = thread
         return thread
 
+    def enter_quietly(self) -> threading.Thread | None:
+        with self._changed:
+            if not self.is_free:
+                return None
+            thread = self.user = threading.current_thread()
+        return thread
+
     def enter_registration(self) -> threading.Thread | None:
         # Not while another thread flushes: SQLAlchemy would lose the object.
         if self._is_on_loop():
@@ -198,10 +205,6 @@ class ThreadUse(SessionUse):
 
 class IdleThreadUse(IdleNotes, ThreadUse):
     """The same, where it matters whether a transaction idles."""
-
-    def leave(self, user: object, session: Session) -> None:
-        self.note_leave(user)
-        super().leave(user, session)
 
 
 def _cut(connections: list[Connection]) -> None:

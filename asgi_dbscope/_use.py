@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from sqlalchemy import Connection
-    from sqlalchemy.orm import ORMExecuteState, Session
+    from sqlalchemy.orm import Session
 
     from asgi_dbscope._scope import SessionScope
 
@@ -122,6 +122,13 @@ class SessionUse(ABC):
 
         Raises:
             ConcurrentSessionUseError: If somebody else is inside.
+        """
+
+    @abstractmethod
+    def enter_quietly(self) -> object:
+        """An end begins that must not be refused (a rollback); see :meth:`enter`.
+
+        Where somebody is inside already it is theirs, or as good as lost with what they do.
         """
 
     @abstractmethod
@@ -269,35 +276,26 @@ class SessionUse(ABC):
         )
 
 
-class IdleNotes:
+class IdleNotes(SessionUse):
     """What a use notes besides, where it matters whether a transaction idles.
 
     Attributes:
-        left_at: When the last operation ended, by :func:`time.monotonic`.
+        left_at: When somebody was last seen inside, by :func:`time.monotonic`.
 
-        left_by: Who was inside.
-
-        is_streaming: Whether rows of the transaction are still to be read, past the session.
+        left_by: Who was.
     """
 
     left_at: float
     left_by: Any
-    is_streaming = False
 
     def note_begin(self, moment: float) -> None:
         """A transaction has begun."""
         self.left_at = moment
         self.left_by = None
 
-    def note_leave(self, user: object) -> None:
-        """An operation has ended."""
+    def leave(self, user: object, session: Session) -> None:
+        """Note who was inside, and until when."""
         if user is not None:
             self.left_at = monotonic()
             self.left_by = user
-
-
-def note_stream(state: ORMExecuteState) -> None:
-    """Rows are about to be read from a server-side cursor, which is nothing that we see."""
-    options = state.execution_options
-    if options.get("stream_results") or options.get("yield_per"):
-        state.session.use.is_streaming = True  # type: ignore[attr-defined]
+        super().leave(user, session)  # type: ignore[safe-super]  # of the kind that it notes for

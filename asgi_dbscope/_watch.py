@@ -21,6 +21,8 @@ from asgi_dbscope._places import outermost_frame, place_of_task, place_of_thread
 from asgi_dbscope.errors import TransactionIdleError, TransactionTimeoutError
 
 if TYPE_CHECKING:
+    from sqlalchemy import CursorResult
+
     from asgi_dbscope._places import Place
     from asgi_dbscope._scope import SessionScope
     from asgi_dbscope._use import SessionUse
@@ -66,6 +68,7 @@ class TransactionWatch(ABC):
         self.deadline = None if shape.timeout is None else self._begun_at + shape.timeout
         self.is_over = False
         self._has_warned = shape.idle_warning is None
+        self._results: list[CursorResult[Any]] = []
         if shape.watches_idling:
             self.use.note_begin(self._begun_at)
 
@@ -74,7 +77,7 @@ class TransactionWatch(ABC):
         shape = self.scope.shape
         moments = [] if self.deadline is None else [self.deadline]
         if shape.watches_idling:
-            idle_since = monotonic() if self._is_in_use else self.use.left_at
+            idle_since = self.use.left_at
             if not self._has_warned and shape.idle_warning is not None:
                 moments.append(idle_since + shape.idle_warning)
             if shape.idle_timeout is not None:
@@ -83,15 +86,36 @@ class TransactionWatch(ABC):
             self._call_at(min(moments))
 
     @property
-    def _is_in_use(self) -> bool:
-        """Whether somebody is inside; rows that are still to be read count as well."""
-        use = self.use
-        return use.user is not None or use.ender is not None or bool(use.is_streaming)
+    def _inside(self) -> Any:
+        """Who is inside the session, or ends its transaction."""
+        return self.use.user or self.use.ender
+
+    def note_result(self, result: CursorResult[Any]) -> None:
+        """Rows were asked for; those of a server-side cursor are read past everything we see."""
+        options = result.context.execution_options
+        if options.get("stream_results") or options.get("yield_per"):
+            self._results.append(result)
+
+    @property
+    def is_being_read(self) -> bool:
+        """Whether somebody may be reading rows, and a ROLLBACK beside that would go wrong."""
+        return any(
+            not each._soft_closed and _dialects.mixes_up_answers(each.dialect)  # noqa: SLF001 - there is no public word for it
+            for each in self._results
+        )
+
+    def _note_use(self) -> None:
+        """Begin to count anew where somebody is inside, or was reading rows a moment ago."""
+        if self._inside is not None or self._results:
+            self.use.left_at = monotonic()
+        self._results = [each for each in self._results if not each._soft_closed]  # noqa: SLF001 - there is no public word for it
 
     def _look(self) -> None:
         """A moment has come; find out which."""
         if self.is_over or self.scope.is_rolling_back or self.scope.is_answer_missing:
             return  # a rollback, and asking for a COMMIT's answer, have deadlines of their own
+        if self.scope.shape.watches_idling:
+            self._note_use()
         if self._is_late:
             self._expire(self._timeout_error())
         elif not (self.scope.shape.watches_idling and self._has_idled()):
@@ -115,8 +139,6 @@ class TransactionWatch(ABC):
     def _has_idled(self) -> bool:
         """Warn of a transaction that idles, or end it; whether it was ended."""
         shape = self.scope.shape
-        if self._is_in_use:
-            return False
         idle_for = monotonic() - self.use.left_at
         if shape.idle_timeout is not None and idle_for >= shape.idle_timeout:
             msg = (
@@ -190,8 +212,7 @@ class TransactionWatch(ABC):
     def end(self) -> None:
         """The transaction is over."""
         self.is_over = True
-        if self.scope.shape.watches_idling:
-            self.use.is_streaming = False
+        self._results.clear()
 
     def convert(self, error: BaseException) -> BaseException:
         """What *error*, which an operation raised, really is."""
@@ -219,9 +240,8 @@ class TaskWatch(TransactionWatch):
         return place_of_task(self.use.left_by)
 
     def _expire(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
-        use = self.use
         self._forbid(error)
-        inside: asyncio.Task[Any] | None = use.user or use.ender
+        inside: asyncio.Task[Any] | None = self._inside
         if inside is None:
             self._end_transaction()
         else:
@@ -230,14 +250,10 @@ class TaskWatch(TransactionWatch):
             inside.cancel()
 
     def _end_transaction(self) -> None:
-        if self.scope.state in OPEN and not self._is_inside:
+        if self.scope.state in OPEN and self._inside is None:
             task = self._loop.create_task(self._roll_back())
             _ending.add(task)
             task.add_done_callback(_ending.discard)
-
-    @property
-    def _is_inside(self) -> bool:
-        return self.use.user is not None or self.use.ender is not None
 
     async def _roll_back(self) -> None:
         redeliver(await self.scope.end_expired())
@@ -289,7 +305,7 @@ class ThreadWatch(TransactionWatch):
                 return
             self._forbid(error)
             is_cut = [_dialects.cut(each) for each in use.connections]
-            is_idle = use.user is None and use.ender is None
+            is_idle = self._inside is None
         if is_idle and all(is_cut):  # nothing can hang any more
             scope.end_expired_here()
 

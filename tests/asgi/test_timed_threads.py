@@ -155,3 +155,25 @@ def test_place_of_a_thread_that_is_elsewhere_is_not_told(engine, caplog):
 
     [message] = caplog.messages
     assert "holds a connection. Before such a wait" in message
+
+
+def test_statement_of_the_connection_that_takes_too_long_is_interrupted(make_sync_engine):
+    """Past the session it is the same error."""
+    engine = make_sync_engine("psycopg")
+    db = Database(engine)
+    with pytest.raises(TransactionTimeoutError), db.session_scope(timeout=0.1) as session:
+        session.connection().execute(sa.text("SELECT pg_sleep(30)"))
+
+    assert 0 == engine.pool.checkedout()
+
+
+def test_statement_of_the_connection_is_not_idle(make_sync_engine):
+    """A thread that is inside a statement of the connection is at work."""
+    engine = make_sync_engine("psycopg")
+    db = Database(engine, idle_timeout=0.05)
+    with db.session_scope() as session, session.begin_nested():
+        session.connection().execute(sa.insert(Item).values(id=1))
+        session.connection().execute(sa.text("SELECT pg_sleep(0.15)"))
+
+    with engine.connect() as connection:
+        assert [1] == connection.scalars(sa.select(Item.id)).all()
