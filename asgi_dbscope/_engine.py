@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -46,6 +47,9 @@ _watching: WeakKeyDictionary[SessionScope[Any], None] = WeakKeyDictionary()
 WATCH = "asgi_dbscope"
 """The name in a connection's ``__dict__`` of what is known of it: a weak dictionary beside it would
 cost a transaction a hundredth of a SELECT."""
+
+
+_INSERT = re.compile(r"\s*(?:INSERT|REPLACE)\b", re.IGNORECASE)
 
 
 class Watch:
@@ -125,7 +129,12 @@ def comment_statements(engine: Engine) -> None:
 
 
 def _comment(
-    connection: Connection, _cursor: Any, statement: str, parameters: Any, *_: Any
+    connection: Connection,
+    _cursor: Any,
+    statement: str,
+    parameters: Any,
+    _context: Any,
+    executemany: bool,
 ) -> tuple[str, Any]:
     watched = _watch_of(connection)
     # Not the request's path: each statement text would be another one to the driver's cache.
@@ -135,6 +144,10 @@ def _comment(
     text = ascii_line(label)
     if connection.dialect.paramstyle in {"format", "pyformat"}:
         text = text.replace("%", "%%")
+    # MariaDB's drivers make one statement of many rows where they find VALUES at its very end.
+    verb = _INSERT.match(statement) if executemany else None
+    if verb is not None:
+        return f"{verb[0]} /* {text} */{statement[verb.end() :]}", parameters
     return f"{statement} /* {text} */", parameters
 
 

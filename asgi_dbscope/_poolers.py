@@ -34,6 +34,14 @@ _CONNECT_ARGS: dict[str, dict[str, Any]] = {
     "psycopg_async": {"prepare_threshold": None},
 }
 
+_OF_THE_SESSION = ("server_settings", "options")
+"""How drivers set what is to hold for a session: asyncpg by a dictionary, libpq by ``-c``."""
+
+_CARRIED = frozenset(
+    {"application_name", "client_encoding", "datestyle", "timezone", "standard_conforming_strings"}
+)
+"""The settings that PgBouncer takes along to each server connection."""
+
 
 def read_url(url: URL | str) -> URL:
     """*url*, parsed.
@@ -78,7 +86,8 @@ def pgbouncer_options(
         What to give to ``create_async_engine()`` or ``create_engine()`` beside *url*.
 
     Raises:
-        ConfigurationError: If the driver is another one, or an argument keeps prepared statements.
+        ConfigurationError: If the driver is another one, or an argument keeps prepared statements
+            or settings of the session.
     """
     parsed = read_url(url)
     needed = _CONNECT_ARGS.get(parsed.drivername.rpartition("+")[2])
@@ -94,6 +103,16 @@ def pgbouncer_options(
             msg = (
                 f"{name} can't be chosen behind PgBouncer in transaction mode: a statement that "
                 "was prepared on one server connection is unknown on the next. Leave it out."
+            )
+            raise ConfigurationError(msg)
+    for name in _OF_THE_SESSION:
+        settings = {each.lower() for each in given.get(name) or ()}
+        if name in parsed.query or not _CARRIED.issuperset(settings):
+            msg = (
+                f"{name} can't be used behind PgBouncer in transaction mode: a setting of the "
+                "session doesn't come along from one server connection to the next, and PgBouncer "
+                "refuses it, or ignores it. Leave it out, and give the setting to the role in the "
+                "database: ALTER ROLE shop SET search_path = 'shop'."
             )
             raise ConfigurationError(msg)
     return {**options, "connect_args": {**given, **needed}}

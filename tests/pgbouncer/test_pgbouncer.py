@@ -506,3 +506,15 @@ async def test_commit_lost_behind_the_pooler_is_in_doubt(
     assert (resolved if resolve else Outcome.IN_DOUBT) is scopes[0].outcome
     assert (200 if resolve and committed else None) == exchange.status
     assert (exchange.error is None) == (resolve and bool(committed))
+
+
+@pytest.mark.parametrize("driver", ["asyncpg"], indirect=True)
+async def test_settings_that_the_pooler_takes_along_arrive(pgbouncer, through):
+    """A time zone that the driver names holds in each transaction."""
+    settings = {"application_name": "shop", "TimeZone": "Asia/Tokyo"}
+    engine = through(pgbouncer, connect_args={"server_settings": settings})
+    async with engine.connect() as connection:
+        zone = await connection.scalar(sa.text("SHOW timezone"))
+    await engine.dispose()
+
+    assert "Asia/Tokyo" == zone

@@ -51,6 +51,30 @@ def test_prepared_statements_are_refused(url, connect_args, name):
     assert "s3cret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "connect_args", "name"),
+    [
+        (ASYNCPG, {"server_settings": {"search_path": "shop"}}, "server_settings"),
+        (PSYCOPG, {"options": "-c statement_timeout=5000"}, "options"),
+        (f"{PSYCOPG}?options=-c%20search_path%3Dshop", None, "options"),
+    ],
+)
+def test_settings_of_the_session_are_refused(url, connect_args, name):
+    """A setting that the pooler would refuse, or lose, is refused by its name."""
+    with pytest.raises(ConfigurationError, match=f"^{name} can't be used") as caught:
+        pgbouncer_options(url, connect_args=connect_args)
+
+    assert "s3cret" not in str(caught.value)
+
+
+def test_settings_that_the_pooler_takes_along_are_allowed():
+    """The name of the app and the time zone are PgBouncer's to keep."""
+    settings = {"application_name": "shop", "TimeZone": "UTC"}
+    options = pgbouncer_options(ASYNCPG, connect_args={"server_settings": settings})
+
+    assert settings == options["connect_args"]["server_settings"]
+
+
 def test_what_the_url_says_already_is_no_conflict():
     """A URL may say itself that nothing is to be kept."""
     options = pgbouncer_options(f"{ASYNCPG}?prepared_statement_cache_size=0")
