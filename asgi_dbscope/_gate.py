@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from asyncio import get_running_loop
+from asyncio import current_task, get_running_loop
 from dataclasses import dataclass
 from sys import exception as handled_exception
 from threading import RLock
@@ -113,6 +113,8 @@ class ResponseGate:
         is_over: Whether the request has ended.
 
         late_scopes: The scopes in it with hooks that wait for the end of the response.
+
+        late_streamer: The task that streamed the body when its client left, and may still do so.
     """
 
     is_request = True
@@ -129,8 +131,10 @@ class ResponseGate:
         "_phase",
         "_raw_receive",
         "_raw_send",
+        "_streamer",
         "is_over",
         "late_scopes",
+        "late_streamer",
         "loop",
         "outer",
         "scopes",
@@ -155,9 +159,11 @@ class ResponseGate:
         self._has_trailers = False
         self._failure: BaseException | None = None
         self._lock: asyncio.Lock | None = None
+        self._streamer: asyncio.Task[Any] | None = None
         self.scopes: Sequence[SessionScope[Any]] = ()
         self.is_over = False
         self.late_scopes: Sequence[SessionScope[Any]] = ()
+        self.late_streamer: asyncio.Task[Any] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         try:  # noqa: SIM105 - a context manager costs as much as the rest of this
             self.loop = get_running_loop()
@@ -265,6 +271,7 @@ class ResponseGate:
                 # body (background tasks) starts afresh. Unless its last message was on its way.
                 if self._phase is Phase.BODY:
                     self._phase = Phase.BACKGROUND
+                    self.late_streamer = self._streamer
                     for scope in self.scopes:
                         await scope.abandon_body()
         return message
@@ -279,6 +286,8 @@ class ResponseGate:
             if kind == "http.response.body" and self._phase is _BODY and not self._has_trailers:
                 if not message.get("more_body"):
                     self._phase = _BACKGROUND
+                elif self.scopes:
+                    self._streamer = current_task()
             elif (
                 kind == "http.response.start"
                 and self._phase is _RESPONSE
@@ -408,6 +417,9 @@ class ResponseGate:
         return cancellation
 
     def _decide_last(self, scope: SessionScope[Any], cause: Cause) -> Ending:
+        use = scope.use
+        if use is not None and use.has_late_body and self.late_streamer is not current_task():
+            return Ending.ROLLBACK  # it was done, or nothing came after it
         try:
             return scope.decide(cause)
         except Exception:
@@ -424,6 +436,7 @@ class ResponseGate:
                 self._has_trailers = promises_trailers(message, self._asgi_scope)
                 self._is_body_sent = False
         elif self._phase is Phase.BODY:
+            self._streamer = current_task() if self.scopes else None
             if self._is_last(kind, message):
                 self._phase = Phase.BACKGROUND
             elif ends_body(kind, message):

@@ -94,6 +94,9 @@ class ThreadUse(SessionUse):
         thread = self.check_place()
         if thread is self.user or thread is self.ender:
             return None
+        gate = self.scope.gate
+        if gate is not None and gate.late_streamer is not None:
+            self._part_from_body(gate.late_streamer)
         self.check_registration()
         self.scope.check_deadline()
         with self._changed:
@@ -117,6 +120,17 @@ class ThreadUse(SessionUse):
                 return None
             thread = self.user = threading.current_thread()
         return thread
+
+    def _part_from_body(self, streamer: asyncio.Task[Any]) -> None:
+        """Roll back what a body has written since its client left, before what comes after it.
+
+        Its task is cancelled, but a thread that this waits for isn't.
+        """
+        if not streamer.done():
+            self.has_late_body = True
+        elif self.has_late_body:
+            self.has_late_body = False
+            self.scope.settle_here(Ending.ROLLBACK)
 
     def enter_registration(self) -> threading.Thread | None:
         # Not while another thread flushes: SQLAlchemy would lose the object.

@@ -64,12 +64,15 @@ class SessionUse(ABC):
         is_torn: Whether the transaction is to be rolled back when the session is free: the client
             of a streaming body has left.
 
+        has_late_body: Whether the open transaction began in the body of a client that had left.
+
         is_abandoned: Whether the scope gave up waiting for the session to be free; the last one
             out throws the connection away.
     """
 
     # Few transactions need another value: a default of the class costs them nothing.
     ender: Any = None
+    has_late_body = False
     has_lost = False
     has_several_users = False
     has_written = False

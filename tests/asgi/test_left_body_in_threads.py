@@ -1,0 +1,81 @@
+"""A client that leaves in mid-stream, while a thread of the body is under way."""
+
+import asyncio
+import threading
+
+import pytest
+
+from asgi_dbscope import DBSessionMiddleware
+from tests.fix_asgi import body, start
+from tests.fix_database import Item
+
+DISCONNECT = {"type": "http.disconnect"}
+
+
+@pytest.fixture
+def add(sync_db):
+    """Write an item, as the code of a thread does."""
+
+    def add(number):
+        sync_db.session.add(Item(id=number))
+        sync_db.session.flush()
+
+    return add
+
+
+@pytest.fixture
+def serve(sync_db, drive, add):
+    """Serve a stream whose client leaves while its thread is on the way to its second item."""
+
+    async def serve(*, after, has_streamer):
+        has_left = threading.Event()
+        is_streaming = asyncio.Event()
+
+        def go_on():
+            has_left.wait()
+            add(2)
+
+        async def stream(send):
+            await send(start(200))
+            await asyncio.to_thread(add, 1)
+            await send(body(b"chunk", more=True))
+            is_streaming.set()
+            await asyncio.to_thread(go_on)
+
+        async def listen(receive):
+            await is_streaming.wait()
+            assert DISCONNECT == await receive()
+            has_left.set()
+
+        async def app(scope, receive, send):
+            # Who streams and who listens is the framework's choice: Starlette's listener is its
+            # request's own task, others do it the other way round.
+            own, other = (listen(receive), stream(send))
+            if not has_streamer:
+                own, other = other, own
+            task = asyncio.create_task(other)
+            await own
+            await task
+            for number in after:
+                await asyncio.to_thread(add, number)
+
+        return await drive(DBSessionMiddleware(app, database=sync_db), received=[DISCONNECT])
+
+    return serve
+
+
+@pytest.mark.parametrize("after", [[], [3], [3, 4]])
+async def test_thread_that_cannot_be_told_leaves_no_half_of_a_body(serve, sync_rows, after):
+    """G7, G8: what it writes after the disconnect is rolled back, and what comes after is kept."""
+    exchange = await serve(after=after, has_streamer=True)
+
+    assert exchange.error is None
+    assert after == sync_rows()
+
+
+async def test_work_after_a_body_in_the_same_task_is_kept(serve, sync_rows):
+    """G8: where the request's own task streams, nobody can tell its body from what comes after."""
+    exchange = await serve(after=[3], has_streamer=False)
+
+    assert exchange.error is None
+    assert [2, 3] == sync_rows()
