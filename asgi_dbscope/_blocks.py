@@ -140,14 +140,8 @@ class OwnScope(Generic[S]):
     def leave(self) -> None:
         """Make the scope around it the current one again."""
         innermost = _current.innermost
-        # Left in another context than entered (a fixture, a generator's exit), or before a scope
-        # inside it: then it isn't the innermost here, and whoever is puts it right.
-        if innermost.get() is not self.scope:
+        if not _current.leave_innermost(innermost, self.scope, self._token):
             return
-        try:
-            innermost.reset(self._token)
-        except ValueError:  # a copy of the context that it was entered in
-            innermost.set(self.scope.outer)
         holder = innermost.get()
         while holder is not None and holder.is_over and not holder.is_request:
             holder = holder.outer

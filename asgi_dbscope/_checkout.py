@@ -17,7 +17,7 @@ from asgi_dbscope.errors import DatabaseUnreachableError, PoolExhaustedError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
-    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+    from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
 
     from asgi_dbscope._scope import SessionScope
 
@@ -52,6 +52,8 @@ class BoundedEngine(ShapedEngine):
         try:
             return super().connect()
         except PoolTimeoutError as error:
+            if pool_timeout(self.pool) < self.timeout:
+                raise  # the pool's own limit
             self._refuse(error)
 
     def raw_connection(self) -> PoolProxiedConnection:
@@ -59,7 +61,7 @@ class BoundedEngine(ShapedEngine):
         pool = self.pool
         if self.dialect.is_async or not isinstance(pool, QueuePool):
             return super().raw_connection()
-        return _ImpatientPool(pool, self.timeout).connect()
+        return _ImpatientPool(pool, min(self.timeout, pool_timeout(pool))).connect()
 
     async def _connect_in_time(self) -> Connection:
         was_exhausted = is_exhausted(self)
@@ -87,6 +89,12 @@ class BoundedEngine(ShapedEngine):
         )
         note_pool(self, error)
         raise error from cause
+
+
+def pool_timeout(pool: Pool) -> float:
+    """Seconds that *pool* waits for a place by itself."""
+    own: float | None = getattr(pool, "_timeout", None)
+    return inf if own is None else own
 
 
 def is_exhausted(engine: Engine) -> bool:

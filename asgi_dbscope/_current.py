@@ -22,6 +22,7 @@ from asgi_dbscope.errors import AmbiguousDatabaseError, NoSessionScopeError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextvars import Token
     from typing import Protocol
 
     from asgi_dbscope._boundary import Boundary
@@ -91,6 +92,21 @@ def open_around(holder: ScopeHolder | None) -> ScopeHolder | None:
 
 innermost_block: ContextVar[Any] = ContextVar("asgi_dbscope_block", default=None)
 """The innermost transactional block entered in this context, linked to those around it."""
+
+
+def leave_innermost(variable: ContextVar[Any], entry: Any, token: Token[Any]) -> bool:
+    """Let what was around *entry* be the innermost one again; whether *entry* was it here.
+
+    It isn't where it is left in another context than entered (a fixture's exit, a generator's), or
+    before one inside of it; then whoever is inside puts it right.
+    """
+    if variable.get() is not entry:
+        return False
+    try:
+        variable.reset(token)
+    except ValueError:  # a copy of the context that it was entered in
+        variable.set(entry.outer)
+    return True
 
 
 def is_of_another_task(boundary: Boundary) -> bool:

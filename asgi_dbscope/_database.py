@@ -32,7 +32,13 @@ from asgi_dbscope._engine import (
 )
 from asgi_dbscope._factory import make_engine, reporting_factory
 from asgi_dbscope._hooks import HookRegistrar
-from asgi_dbscope._options import Concurrency, LabelTransactions, ScopeOptions, check_choice
+from asgi_dbscope._options import (
+    Concurrency,
+    LabelTransactions,
+    ScopeOptions,
+    check_choice,
+    check_seconds,
+)
 from asgi_dbscope._policy import Cause
 from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
 from asgi_dbscope._poolers import Pooler
@@ -198,7 +204,6 @@ class Database(Generic[S]):
         idle_timeout: float | None = None,
     ) -> None:
         _check_name(name)
-        _check_seconds("cleanup_timeout", cleanup_timeout)
         check_choice("concurrency", concurrency, get_args(Concurrency))
         self.name = name
         self.options = ScopeOptions(
@@ -210,7 +215,7 @@ class Database(Generic[S]):
         self.idle_places: set[object] = set()
         self.concurrency = concurrency
         self.label_transactions = label_transactions
-        self.cleanup_timeout = float(cleanup_timeout)
+        self.cleanup_timeout = check_seconds("cleanup_timeout", cleanup_timeout)
         self.resolve_in_doubt = resolve_in_doubt
         self.owned_engine: AsyncEngine | Engine | None = None
         _check_pooler(pooler, source)
@@ -612,12 +617,6 @@ class Database(Generic[S]):
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name:
         msg = f"name must be a string that is not empty; got {name!r}."
-        raise ConfigurationError(msg)
-
-
-def _check_seconds(option: str, seconds: object) -> None:
-    if not isinstance(seconds, (int, float)) or not seconds > 0:
-        msg = f"{option} must be a number of seconds above 0; got {seconds!r}."
         raise ConfigurationError(msg)
 
 

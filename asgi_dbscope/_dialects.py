@@ -326,9 +326,8 @@ def mark_lost_commit(error: BaseException) -> None:
 
 def _conflict_code(error: BaseException) -> str | None:
     """The code by which the driver's own *error* tells of a conflict."""
-    # asyncpg, psycopg; psycopg2 and SQLAlchemy's asyncpg
-    sqlstate = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if isinstance(sqlstate, str) and sqlstate in CONFLICTS:
+    sqlstate = _sqlstate(error)
+    if sqlstate in CONFLICTS:
         return sqlstate
     if isinstance(error, sqlite3.Error):
         code = getattr(error, "sqlite_errorcode", 0)
@@ -498,4 +497,6 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 def _sqlstate(error: object) -> str:
-    return getattr(error, "sqlstate", None) or ""
+    # asyncpg, psycopg; psycopg2 and SQLAlchemy's asyncpg
+    code = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return code if isinstance(code, str) else ""

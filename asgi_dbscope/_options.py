@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, field, replace
 from functools import wraps
-from math import inf
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, cast, get_args
 
 from asgi_dbscope._current import current_scope
@@ -82,7 +81,7 @@ class ScopeOptions:
         )
         object.__setattr__(self, "shapes_nothing", shapes_nothing)  # it is frozen
         for name in SECONDS:
-            object.__setattr__(self, name, check_seconds(name, getattr(self, name)))
+            object.__setattr__(self, name, check_time_limit(name, getattr(self, name)))
         is_timed = any(getattr(self, name) is not None for name in SECONDS)
         object.__setattr__(self, "is_timed", is_timed)
         watches_idling = self.idle_warning is not None or self.idle_timeout is not None
@@ -129,15 +128,25 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigurationError(msg)
 
 
-def check_seconds(name: str, value: Any) -> float | None:
-    """Refuse a *value* that is neither ``None`` nor a number of seconds."""
-    if value is None:
-        return None
+LONGEST = 4_000_000.0
+"""Seconds (46 days): what a timer of a thread can wait for on every system."""
+
+
+def check_seconds(name: str, value: Any) -> float:
+    """Refuse a *value* that is no number of seconds to wait for."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (is_number and 0 < value < inf):
-        msg = f"{name} must be a number of seconds above 0; got {value!r}."
+    if not (is_number and 0 < value <= LONGEST):
+        msg = (
+            f"{name} must be a number of seconds above 0; got {value!r}. The longest is "
+            f"{LONGEST:,.0f}, 46 days."
+        )
         raise ConfigurationError(msg)
     return float(value)
+
+
+def check_time_limit(name: str, value: Any) -> float | None:
+    """The same, where ``None`` is no limit."""
+    return None if value is None else check_seconds(name, value)
 
 
 def _check_policy(policy: object) -> None:

@@ -32,7 +32,7 @@ from asgi_dbscope._completion import redeliver
 from asgi_dbscope._current import find_scope
 from asgi_dbscope._decorate import decorate, refuse_retry
 from asgi_dbscope._lifecycle import State
-from asgi_dbscope._options import ScopeOptions, check_seconds
+from asgi_dbscope._options import ScopeOptions, check_time_limit
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._propagation import (
     ENTRIES,
@@ -151,12 +151,8 @@ class _Entered:
 
     def _leave_context(self) -> None:
         innermost = _current.innermost_block
-        if innermost.get() is not self:  # left in another context, or before a block inside it
+        if not _current.leave_innermost(innermost, self, self.token):
             return
-        try:
-            innermost.reset(self.token)
-        except ValueError:  # a copy of the context that it was entered in
-            innermost.set(self.outer)
         outer = self.outer
         if outer is not None and outer not in outer.block.live:  # left before this one
             innermost.set(_open_around(outer))
@@ -268,7 +264,7 @@ class TransactionalBlock(Generic[S]):
         self.propagation = check_propagation(propagation)
         self.entries = ENTRIES[self.propagation]
         self.rules = RollbackRules(rollback_for, no_rollback_for)
-        self.timeout = check_seconds("timeout", timeout)
+        self.timeout = check_time_limit("timeout", timeout)
         if label is not None and not (isinstance(label, str) and label):
             msg = f"label must be a string that is not empty; got {label!r}."
             raise ConfigurationError(msg)

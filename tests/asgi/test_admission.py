@@ -440,6 +440,7 @@ async def test_app_that_is_receiving_is_not_disturbed():
         ({"max_concurrent": 0}, "max_concurrent must be a whole number"),
         ({"max_concurrent": True}, "max_concurrent must be a whole number"),
         ({"max_concurrent": 1, "max_waiting": -1}, "max_waiting must be a whole number"),
+        ({"max_concurrent": 1, "waiting_timeout": None}, "waiting_timeout must be a number of sec"),
         ({"max_concurrent": 1, "waiting_timeout": 0}, "waiting_timeout must be a number"),
     ],
 )

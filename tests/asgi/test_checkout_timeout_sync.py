@@ -3,6 +3,7 @@
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 
 import pytest
 import sqlalchemy as sa
@@ -39,6 +40,22 @@ def test_exhausted_pool_is_a_quick_error_that_names_the_holders(driver, make_syn
 
     assert isinstance(raised.value.__cause__, sa.exc.TimeoutError)
     assert any("no transaction was begun" in each for each in raised.value.__notes__)
+
+
+def test_pool_that_is_less_patient_stays_so(make_sync_engine):
+    """G14: a longer `checkout_timeout` doesn't lengthen the pool's own, whose error comes then."""
+    engine = make_sync_engine("sqlite", pool_size=1, max_overflow=0, pool_timeout=0.05)
+    db = Database(engine, checkout_timeout=30)
+    begun = monotonic()
+    with (
+        engine.connect(),
+        pytest.raises(sa.exc.TimeoutError) as raised,
+        db.session_scope() as session,
+    ):
+        session.execute(sa.text("SELECT 1"))
+
+    assert monotonic() - begun < 10
+    assert any("pool_size=1), and 1 are taken" in each for each in raised.value.__notes__)
 
 
 @pytest.mark.parametrize("driver", SYNC_DRIVERS)

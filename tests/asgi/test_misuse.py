@@ -176,6 +176,16 @@ def test_error_about_a_url_keeps_its_password():
         ({"name": 1}, "name must be a string that is not empty"),
         ({"cleanup_timeout": 0}, "cleanup_timeout must be a number of seconds above 0"),
         ({"cleanup_timeout": float("nan")}, "cleanup_timeout must be a number of seconds"),
+        (
+            {"cleanup_timeout": True},
+            "must be a number of seconds above 0; got True",
+        ),
+        (
+            {"cleanup_timeout": None},
+            "must be a number of seconds above 0; got None",
+        ),
+        ({"cleanup_timeout": float("inf")}, "got inf. The longest is 4,000,000, 46 days."),
+        ({"idle_timeout": 1e12}, "got 1000000000000.0. The longest is 4,000,000, 46 days."),
         ({"cleanup_timeout": "10"}, "cleanup_timeout must be a number of seconds above 0"),
     ],
 )

@@ -120,6 +120,13 @@ def sent(severity: str | None, sqlstate: str | None, cls: type[Exception] = sqli
     return error
 
 
+def sent_to_psycopg2(severity: str, pgcode: str) -> Any:
+    """The same as psycopg2 tells it."""
+    error = sent(severity, None)
+    error.pgcode = pgcode
+    return error
+
+
 def adapted(error: Exception) -> Exception:
     """The same as a cause, as SQLAlchemy's dialect for asyncpg has it."""
     outer = sqlite3.Error("adapted")
@@ -140,6 +147,7 @@ def adapted(error: Exception) -> Exception:
         (told("postgresql", sent("ERROR", "08006")), True),
         (told("postgresql", sent("ERROR", "57P02")), True),
         (told("cockroachdb", sent("ERROR", "40003")), True),
+        (told("cockroachdb", sent_to_psycopg2("ERROR", "40003")), True),
         # The driver's.
         (told("postgresql", sqlite3.OperationalError("server closed the connection")), True),
         (told("postgresql", sqlite3.InterfaceError("another operation is in progress")), False),
