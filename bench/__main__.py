@@ -29,6 +29,7 @@ from bench.measure import Bench, Measure, Unit
 from bench.measures import measures
 from bench.page import page
 from bench.results import Results, machine
+from bench.servers import ServerFailedError
 from bench.worker import WorkerFailedError
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ def main() -> int:
                     done = "done" if results.has(measure.name, unit) else f"{unit.seconds:.0f} s"
                     print(f"{measure.name}/{unit.name}\t{done}")
                 return 0
-            failed = _run(bench, planned, results, console)
+            with bench.kept:
+                failed = _run(bench, planned, results, console)
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text(page(results, measures(), taking_part))
     console.print(f"{options.results}, {options.page}")
@@ -151,7 +153,10 @@ def _run(
 
             try:
                 results.put(measure.name, unit, unit.run(bench, tell))
-            except WorkerFailedError as error:  # the others are still worth their time
+            except (
+                ServerFailedError,
+                WorkerFailedError,
+            ) as error:  # the others are still worth their time
                 failed.append((name, error))
             done += unit.seconds
             tell(1.0)

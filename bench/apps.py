@@ -62,19 +62,30 @@ class Body:
 
         size: Bytes of each.
 
-        pause: Seconds before each.
+        pause: Seconds after each.
     """
 
-    chunks: int = 16
-    size: int = 1024
-    pause: float = 0.01
+    chunks: int
+    size: int
+    pause: float
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         chunk = b"x" * self.size
         for _ in range(self.chunks):
+            yield chunk
             if self.pause:
                 await asyncio.sleep(self.pause)
-            yield chunk
+
+
+BODIES = {
+    "stream": Body(16, 1024, 0.01),
+    "large": Body(256, 65_536, 0),
+    "open": Body(1, 1, 3_600),
+}
+"""By route: it reads a row, and then streams without the database."""
+
+TASKS = {"background": 0.2, "long_background": 2.0}
+"""By route: it reads a row, and has a background task of so many seconds, without the database."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +96,10 @@ class Setup:
         url: Of PostgreSQL; the driver's name is the contestant's to choose.
 
         pool: What its engine is made with.
-
-        body: What the route `stream` sends.
-
-        background: Seconds that the background task of the route `background` takes.
     """
 
     url: str
     pool: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    body: Body = Body()
-    background: float = 0.2
 
     def async_engine(self) -> AsyncEngine:
         url = make_url(self.url).set(drivername="postgresql+asyncpg")
@@ -132,7 +137,7 @@ WRITES = frozenset({"insert", "commit_fails", "error", "swallow"})
 """The routes after which a session that is opened by hand is committed by hand."""
 
 
-def operations(framework: Framework, setup: Setup) -> Operations:
+def operations(framework: Framework) -> Operations:
     async def unused(_: AsyncSession) -> Any:
         return NAME
 
@@ -142,14 +147,6 @@ def operations(framework: Framework, setup: Setup) -> Operations:
     async def insert(session: AsyncSession) -> Any:
         session.add(Item(name=NAME))
         return NAME
-
-    async def stream(session: AsyncSession) -> Any:
-        await session.scalar(SELECT)
-        return framework.stream(setup.body)
-
-    async def background(session: AsyncSession) -> Any:
-        name = await session.scalar(SELECT)
-        return framework.background(name or "", asyncio.sleep, setup.background)
 
     async def commit_fails(session: AsyncSession) -> Any:
         session.add(Orphan(parent_id=-1))
@@ -171,11 +168,32 @@ def operations(framework: Framework, setup: Setup) -> Operations:
         "unused": unused,
         "select": select_,
         "insert": insert,
-        "stream": stream,
-        "background": background,
         "commit_fails": commit_fails,
         "error": error,
         "swallow": swallow,
+    } | _idle_operations(framework)
+
+
+def _idle_operations(framework: Framework) -> Operations:
+    """What goes on after it has used the database."""
+
+    def stream(body: Body) -> Handler:
+        async def operation(session: AsyncSession) -> Any:
+            await session.scalar(SELECT)
+            return framework.stream(body)
+
+        return operation
+
+    def background(seconds: float) -> Handler:
+        async def operation(session: AsyncSession) -> Any:
+            name = await session.scalar(SELECT)
+            return framework.background(name or "", asyncio.sleep, seconds)
+
+        return operation
+
+    return {
+        **{route: stream(body) for route, body in BODIES.items()},
+        **{route: background(seconds) for route, seconds in TASKS.items()},
     }
 
 

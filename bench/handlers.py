@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
-from bench.apps import NAME, WRITES, Handler, Handlers, Operations
+from bench.apps import BODIES, NAME, WRITES, Body, Framework, Handler, Handlers, Operations
 
 
 async def none() -> Any:
@@ -18,10 +18,16 @@ def sync_none() -> Any:
     return NAME
 
 
-def without(operations: Operations) -> Handlers:
+def without(framework: Framework) -> Handlers:
     """The bare app: no session, the same answers."""
-    del operations
-    return {"none": none}
+
+    def stream(body: Body) -> Handler:
+        async def handle() -> Any:
+            return framework.stream(body)
+
+        return handle
+
+    return {"none": none} | {route: stream(body) for route, body in BODIES.items()}
 
 
 def by_hand(factory: async_sessionmaker[AsyncSession], operations: Operations) -> Handlers:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bench import environments
 from bench.apps import Setup
+from bench.servers import POOL_SIZE, Server
 from bench.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from bench.contestant import Contestant
 
@@ -28,11 +31,17 @@ class Bench:
         contestants: Those whose packages are there.
 
         is_quick: Whether a look is enough.
+
+        kept: What is kept to the end of the run.
+
+        servers: Those that were started.
     """
 
     url: str
     contestants: Sequence[Contestant]
     is_quick: bool = False
+    kept: ExitStack = field(default_factory=ExitStack)
+    servers: dict[str, Server] = field(default_factory=dict[str, Server])
 
     def budget(self, full: float, quick: float) -> float:
         """How much of something a unit may take: seconds, requests, rounds."""
@@ -52,6 +61,15 @@ class Bench:
         """A process for a contestant, in its environment; use it in a `with` block."""
         python = environments.python(contestant.environment)
         return Worker(contestant, python, setup or Setup(self.url), loop, wrapper)
+
+    def server(self, contestant: Contestant) -> Server:
+        """The server of a contestant, kept to the end of the run."""
+        if contestant.name not in self.servers:
+            python = environments.python(contestant.environment)
+            pool = {"pool_size": POOL_SIZE, "max_overflow": 0}
+            server = Server(contestant, python, Setup(self.url, pool))
+            self.servers[contestant.name] = self.kept.enter_context(server)
+        return self.servers[contestant.name]
 
 
 @dataclass(frozen=True)
@@ -117,3 +135,46 @@ class Measure(Protocol):
 
     # What came of it, by the units' names; not all of them need be there.
     def tables(self, found: Mapping[str, Json], /) -> list[Table]: ...
+
+
+def by_group(
+    bench: Bench,
+    groups: Sequence[str],
+    seconds: float,
+    measure: Callable[[Sequence[Server], Callable[[float], None]], Coroutine[Any, Any, Json]],
+) -> list[Unit]:
+    """Units of a measure that asks servers: one for each group.
+
+    Args:
+        bench: Who is there.
+
+        groups: Those of them that take part.
+
+        seconds: About how long it takes for each contestant.
+
+        measure: Given the servers of a group; what it found.
+    """
+
+    def unit(group: str) -> Unit:
+        contestants = bench.group(group)
+
+        def run(bench: Bench, tell: Callable[[float], None]) -> Json:
+            servers = [bench.server(each) for each in contestants]
+            return asyncio.run(measure(servers, tell))
+
+        names = [each.name for each in contestants]
+        return Unit(group, names, seconds * len(contestants), run)
+
+    if bench.is_quick:
+        groups = QUICK_GROUPS
+    return [unit(group) for group in groups if bench.group(group)]
+
+
+def flat(found: Mapping[str, Mapping[str, Json]]) -> dict[str, Json]:
+    """What was found for each contestant, whatever its group."""
+    return {name: told for contestants in found.values() for name, told in contestants.items()}
+
+
+ASYNC_GROUPS = ("asgi", "starlette", "fastapi", "litestar")
+GROUPS = (*ASYNC_GROUPS, "fastapi-sync")
+QUICK_GROUPS = ("starlette",)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 # The installed package is what is measured; the checkout serves where none is installed.
 sys.path.append(str(Path(__file__).parents[1]))
 
-from bench.apps import Body, Setup
+from bench.apps import Setup
 from bench.contestants import by_name
 from bench.served import Served
 
@@ -138,11 +138,9 @@ def main() -> None:
     # Whatever an app prints is no answer.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    body = Body(**order["setup"].pop("body"))
-    setup = Setup(**order["setup"], body=body)
     factory = import_module("uvloop").new_event_loop if order["loop"] == "uvloop" else None
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_work(order["name"], setup, answers))
+        runner.run(_work(order["name"], Setup(**order["setup"]), answers))
 
 
 if __name__ == "__main__":

@@ -6,12 +6,13 @@ from functools import partial
 
 from bench.apps import Application, Setup, framework
 from bench.contestant import Contestant
-from bench.handlers import none, sync_none
+from bench.handlers import sync_none, without
 
 
 def make(name: str, setup: Setup, *, is_sync: bool = False) -> Application:
-    handlers = {"none": sync_none if is_sync else none}
-    return Application(framework(name).app(handlers), setup.async_engine())
+    module = framework(name)
+    handlers = {"none": sync_none} if is_sync else without(module)
+    return Application(module.app(handlers), setup.async_engine())
 
 
 CONTESTANTS = [

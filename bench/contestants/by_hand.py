@@ -16,7 +16,7 @@ def make(name: str, setup: Setup) -> Application:
     module = framework(name)
     engine = setup.async_engine()
     factory = async_sessionmaker(engine, expire_on_commit=False)
-    return Application(module.app(by_hand(factory, operations(module, setup))), engine)
+    return Application(module.app(by_hand(factory, operations(module))), engine)
 
 
 def make_sync(setup: Setup) -> Application:

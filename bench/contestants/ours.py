@@ -14,7 +14,7 @@ def make(name: str, setup: Setup) -> Application:
 
     module = framework(name)
     engine = setup.async_engine()
-    app = module.app(asked(current_session, operations(module, setup)))
+    app = module.app(asked(current_session, operations(module)))
     return Application(DBSessionMiddleware(app, database=Database(engine)), engine)
 
 

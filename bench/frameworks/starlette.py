@@ -9,17 +9,23 @@ from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.websockets import WebSocket
 
     from bench.apps import Body, Handler, Handlers
 
 
 def app(handlers: Handlers, **options: Any) -> Starlette:
     routes = [Route(f"/{route}", _endpoint(handler)) for route, handler in handlers.items()]
-    return Starlette(routes=routes, **options)
+    return Starlette(routes=[*routes, WebSocketRoute("/idle", _idle)], **options)
+
+
+async def _idle(websocket: WebSocket) -> None:
+    await websocket.accept()
+    await websocket.receive()
 
 
 def _endpoint(handler: Handler) -> Handler:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bench.measure import Measure
 
-NAMES = ("latency",)
+NAMES = (
+    "latency",
+    "throughput",
+    "hold",
+    "first_byte",
+    "pool_tail",
+    "open_connections",
+)
 """The files, in the order of the page."""
 
 

@@ -1,0 +1,74 @@
+"""How long requests wait where the pool has fewer connections than there are clients."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from bench.measure import ASYNC_GROUPS, Bench, Json, Table, Unit, by_group, flat
+from bench.servers import POOL_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from bench.servers import Server
+
+CLIENTS = 40
+
+COLUMNS = ("p50", "p99", "max")
+
+UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 60e3}
+
+
+async def tail(server: Server, seconds: int) -> dict[str, float]:
+    """Milliseconds: the median, the 99th percentile and the worst."""
+    await server.warm("select")
+    told = await server.wrk("select", clients=CLIENTS, seconds=seconds)
+    await server.idle_state()
+    return read(told)
+
+
+def read(told: str) -> dict[str, float]:
+    """What wrk printed with `--latency`."""
+    found = dict(re.findall(r"^\s+(50|99)%\s+(\S+)", told, re.MULTILINE))
+    worst = re.findall(r"^\s+Latency(?:\s+[\d.]+\w+){2}\s+(\S+)", told, re.MULTILINE)
+    times = [found["50"], found["99"], *worst]
+    return dict(zip(COLUMNS, map(_milliseconds, times), strict=True))
+
+
+def _milliseconds(told: str) -> float:
+    number, unit = re.findall(r"([\d.]+)([a-z]+)", told)[0]
+    return round(float(number) * UNITS[unit], 3)
+
+
+class PoolTail:
+    name = "pool_tail"
+    title = "Under an exhausted pool"
+    about = (
+        f"{CLIENTS} clients want the {POOL_SIZE} connections of the pool, for one SELECT each: "
+        "milliseconds that a request takes."
+    )
+    needs: Sequence[str] = ("wrk",)
+
+    def units(self, bench: Bench) -> list[Unit]:
+        seconds = int(bench.budget(2, 1))
+
+        async def measure(servers: Sequence[Server], tell: Callable[[float], None]) -> Json:
+            racing = [each for each in servers if ".bare" not in each.name]
+            found = {}
+            for done, server in enumerate(racing):
+                found[server.name] = await tail(server, seconds)
+                tell((done + 1) / len(racing))
+            return found
+
+        return by_group(bench, ASYNC_GROUPS, seconds + 0.3, measure)
+
+    def tables(self, found: Mapping[str, Json]) -> list[Table]:
+        rows = {
+            name: [f"{told[column]:,.1f}" for column in COLUMNS]
+            for name, told in flat(found).items()
+        }
+        return [Table("Milliseconds for one SELECT", list(COLUMNS), rows)]
+
+
+MEASURE = PoolTail()
