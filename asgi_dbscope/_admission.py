@@ -1,8 +1,9 @@
 """Admission: how many requests of a middleware may work with the database at the same time.
 
-A request asks when it is about to take its first connection, and keeps its place to its response;
-one that uses no session never asks. Who has to wait holds nothing, in the order of their coming,
-and leaves the queue with its client.
+A request asks when it is about to take its first connection, whichever of its sessions takes it,
+and keeps its place to its response, or longer where its response still holds one then; one that
+uses no session never asks. Who has to wait holds nothing, in the order of their coming, and leaves
+the queue with its client.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakSet
 
+from asgi_dbscope._lifecycle import OPEN
 from asgi_dbscope._messages import type_of
 from asgi_dbscope._options import check_seconds
 from asgi_dbscope.errors import ConfigurationError, OverloadedError
 
 if TYPE_CHECKING:
     from asgi_dbscope._asgi import Message, Receive, Send
+    from asgi_dbscope._current import ScopeHolder
+    from asgi_dbscope._scope import SessionScope
 
 KEY = "asgi_dbscope"
 """The key in the ASGI scope that says: this very request has been here."""
@@ -108,51 +113,78 @@ class AdmittedRequest:
     """A request that has to ask for a place, and gives it back with its response.
 
     Attributes:
-        has_asked: Whether it has a place, has had one, or needs none any more: what its body or its
-            background work needs is the end of something that was begun.
+        admission: Where it asks.
+
+        is_inside: Whether it has a place.
 
         receive: The app's ``receive``.
     """
 
-    def __init__(self, admission: Admission, receive: Receive, send: Send) -> None:
-        self.has_asked = False
+    def __init__(
+        self, admission: Admission, receive: Receive, send: Send, holder: ScopeHolder | None
+    ) -> None:
+        self.admission = admission
+        self.is_inside = False
         self.receive = ReadAhead(receive)
-        self._admission = admission
         self._send = send
-        self._is_inside = False
+        self._has_answered = False
         self._entering = asyncio.Lock()
+        self._takers: WeakSet[SessionScope[Any]] = WeakSet()
+        self._around = _find_around(holder, admission)
 
-    async def enter(self, label: str) -> None:
-        """Wait for a place.
+    async def enter(self, scope: SessionScope[Any]) -> None:
+        """Wait for a place, before *scope* takes a connection.
+
+        There is nothing to wait for where the request has its place already, or is called in
+        process by one that has: that would wait for itself. Nor after its head: what its body or
+        its background work needs is the end of something that was begun.
 
         Raises:
             OverloadedError: If there is none in time, too many wait already, or the client left.
         """
-        async with self._entering:  # two tasks may ask, for the sessions of two databases
-            if self.has_asked:
-                return
-            await self._admission.enter(self.receive, label)
-            if self.has_asked:  # its response went out without it: nobody would give it back
-                self._admission.leave()
-                return
-            self.has_asked = self._is_inside = True
+        async with self._entering:  # two tasks may ask, for two sessions
+            if not (self.is_inside or self._has_answered or self._is_within()):
+                await self.admission.enter(self.receive, scope.label)
+                self.is_inside = True
+                if self._has_answered:  # its response went out without it
+                    self._leave()
+        if self.is_inside:
+            self._takers.add(scope)
+
+    def _is_within(self) -> bool:
+        return self._around is not None and self._around.is_inside
 
     async def send(self, message: Message) -> None:
         """Send what the response gate lets through: its transaction is over by the head."""
         if type_of(message) == "http.response.start":
+            self._has_answered = True
+        if self._has_answered and self.is_inside and not self._holds_connection():
             self._leave()
         await self._send(message)
 
+    def _holds_connection(self) -> bool:
+        return any(each.state in OPEN for each in self._takers)
+
     def _leave(self) -> None:
-        self.has_asked = True
-        if self._is_inside:
-            self._is_inside = False
-            self._admission.leave()
+        if self.is_inside:
+            self.is_inside = False
+            self.admission.leave()
 
     def close(self) -> None:
         """The request is over."""
+        self._has_answered = True
         self._leave()
         self.receive.close()
+
+
+def _find_around(holder: ScopeHolder | None, admission: Admission) -> AdmittedRequest | None:
+    """The request that calls this one in process, and has asked at the same *admission*."""
+    while holder is not None:
+        request = holder.admitted_request
+        if request is not None and request.admission is admission:
+            return request
+        holder = holder.outer
+    return None
 
 
 class ReadAhead:

@@ -130,6 +130,8 @@ class OwnScope(Generic[S]):
         self, database: Database[S], options: ScopeOptions, name: str | None = None
     ) -> None:
         enclosing = _current.find_scope(database)
+        if enclosing is not None and enclosing.options.is_admitted:
+            options = options.changed({"is_admitted": True})
         self.scope: SessionScope[S] = SessionScope(
             database, _current.innermost.get(), options, name=name
         )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from contextvars import Token
     from typing import Protocol
 
+    from asgi_dbscope._admission import AdmittedRequest
     from asgi_dbscope._boundary import Boundary
     from asgi_dbscope._database import Database
     from asgi_dbscope._retry import Attempt
@@ -54,6 +55,11 @@ if TYPE_CHECKING:
         @property
         def current_attempt(self) -> Attempt | None:
             """What is known of its attempts, where it may be done again after a conflict."""
+            ...
+
+        @property
+        def admitted_request(self) -> AdmittedRequest | None:
+            """The request that has to ask for a place, where requests do."""
             ...
 
         def take_late_hooks(self, scope: SessionScope[Any]) -> bool:

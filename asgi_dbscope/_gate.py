@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
     from types import FrameType
 
-    from asgi_dbscope._admission import Admission
+    from asgi_dbscope._admission import Admission, AdmittedRequest
     from asgi_dbscope._asgi import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
@@ -66,6 +66,8 @@ class Served:
         retry: See :class:`.DBSessionMiddleware`.
 
         admission: Where requests wait for their turn, if they have to.
+
+        admitted: The one request that this is for, where requests have to wait.
     """
 
     options: dict[Database[Any], ScopeOptions]
@@ -73,6 +75,7 @@ class Served:
     warn_of_hider: Callable[[type], None]
     retry: Retry | None = None
     admission: Admission | None = None
+    admitted: AdmittedRequest | None = None
 
 
 class Phase(Fact):
@@ -179,6 +182,11 @@ class ResponseGate:
     def current_attempt(self) -> Attempt | None:
         """What is known of the attempts: those of the request that called this app in process."""
         return None if self.outer is None else self.outer.current_attempt
+
+    @property
+    def admitted_request(self) -> AdmittedRequest | None:
+        """This request, where requests have to ask for a place."""
+        return self.served.admitted
 
     @property
     def databases(self) -> Iterable[Database[Any]]:

@@ -69,8 +69,10 @@ class DBSessionMiddleware:
             rolled back, and the response is a 504. ``None``: as long as it likes.
 
         max_concurrent: How many requests may work with the databases at the same time, from their
-            first use of a session to their response's head. The others wait, in their order, and
-            hold nothing. ``None``: as many as come.
+            first use of a session to their response's head (with ``stream="hold"``: to its body's
+            end). The others wait, in their order, and hold nothing. Requests are counted, not
+            connections: one that has its place takes a second one without another wait. ``None``:
+            as many as come.
 
         max_waiting: How many may wait; one more is a 503 at once. ``None``: any number.
 
@@ -176,15 +178,15 @@ class DBSessionMiddleware:
         self, served: Served, scope: Scope, receive: Receive, send: Send
     ) -> Any:
         """Serve a request that may have to wait for its turn, or be replayed."""
-        around = scope.get(KEY)
+        is_first = KEY not in scope
         scope[KEY] = True
         request = None
         if served.admission is not None:
-            request = scope[KEY] = AdmittedRequest(served.admission, receive, send)
+            request = AdmittedRequest(served.admission, receive, send, get_innermost())
             receive, send = request.receive, request.send
+            served = replace(served, admitted=request)
         try:
             # Inside of another instance: what the app did in its sessions would be done twice.
-            is_first = around is None
             if is_first and (served.retry is not None or endpoint_retries.max_body is not None):
                 return await serve(self.app, served, scope, receive, send)
             gate = ResponseGate(served, open_around(get_innermost()), scope, receive, send)
@@ -192,10 +194,8 @@ class DBSessionMiddleware:
         finally:
             if request is not None:
                 request.close()
-            if around is None:
+            if is_first:
                 scope.pop(KEY, None)
-            else:
-                scope[KEY] = around
 
     async def _serve_other(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Serve what has no session of its own."""

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._admission import KEY, AdmittedRequest
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._current import is_of_another_task, open_around
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session, SessionTransaction
 
+    from asgi_dbscope._admission import AdmittedRequest
     from asgi_dbscope._agenda import Hook
     from asgi_dbscope._asgi import ResponseHead, Scope
     from asgi_dbscope._boundary import Boundary
@@ -256,10 +256,10 @@ class SessionScope(Lifecycle, Generic[S]):
 
     @property
     def admitted_request(self) -> AdmittedRequest | None:
-        """The request that it serves, where requests are admitted."""
-        asgi_scope = self._asgi_scope
-        request = None if asgi_scope is None else asgi_scope.get(KEY)
-        return request if isinstance(request, AdmittedRequest) else None
+        """The request that it serves, or is a part of, where requests are admitted."""
+        if self.gate is not None:
+            return self.gate.admitted_request
+        return None if self.holder is None else self.holder.admitted_request
 
     @property
     def block_label(self) -> str | None:

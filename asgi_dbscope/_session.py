@@ -389,9 +389,9 @@ def _shaped_bind(
 def _ask_for_admission(scope: SessionScope[Any]) -> None:
     """Let the request wait for its turn, if it has had none; a connection is taken after that."""
     request, use = scope.admitted_request, scope.use
-    if request is None or request.has_asked or use is None or use.is_free:
-        return  # it has its place, or somebody only wants to know the engine
-    await_only(request.enter(scope.label))
+    if request is None or use is None or use.is_free:
+        return  # nobody has to ask, or somebody only wants to know the engine
+    await_only(request.enter(scope))
 
 
 def _leave_autocommit(session: Session, *, nested: bool) -> None:

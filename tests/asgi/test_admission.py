@@ -18,6 +18,8 @@ from asgi_dbscope._admission import Admission, ReadAhead
 from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Item
 
+ONE = sa.text("SELECT 1")
+
 
 class Counter:
     """An app that counts who is inside, and lets them go one after the other."""
@@ -34,13 +36,17 @@ class Counter:
         if scope["path"] == "/idle":
             await respond(send)
             return
-        await self.db.session.execute(sa.text("SELECT 1"))
-        self.order.append(scope["path"])
+        await self.work(scope["path"])
+        await respond(send)
+
+    async def work(self, path: str) -> None:
+        """Use the session, and wait inside."""
+        await self.db.session.execute(ONE)
+        self.order.append(path)
         self.inside += 1
         self.most = max(self.most, self.inside)
         await self.may_go.acquire()
         self.inside -= 1
-        await respond(send)
 
 
 async def until(condition):
@@ -150,7 +156,7 @@ async def test_nothing_of_the_body_is_lost_to_the_look_ahead(db, drive):
     async def app(scope, receive, send):
         if scope["path"] == "/read":
             received.append(await receive())
-        await db.session.execute(sa.text("SELECT 1"))
+        await db.session.execute(ONE)
         if scope["path"] == "/hold":
             is_inside.set()
             await may_go.wait()
@@ -175,12 +181,12 @@ async def test_place_is_given_back_with_the_head(db, drive):
     is_sent, may_end = asyncio.Event(), asyncio.Event()
 
     async def app(scope, receive, send):
-        await db.session.execute(sa.text("SELECT 1"))
+        await db.session.execute(ONE)
         if scope["path"] == "/slow":
             await send(start(200))
             is_sent.set()
             await may_end.wait()
-            await db.session.execute(sa.text("SELECT 1"))
+            await db.session.execute(ONE)
             await send(body())
             return
         await respond(send)
@@ -200,7 +206,7 @@ async def test_failing_requests_give_their_places_back(db, drive, retry):
     """G14: an error, a rollback or a cancellation loses no place."""
 
     async def app(scope, receive, send):
-        await db.session.execute(sa.text("SELECT 1"))
+        await db.session.execute(ONE)
         if scope["path"] == "/raise":
             raise ZeroDivisionError
         if scope["path"] == "/cancel":
@@ -248,7 +254,7 @@ async def test_child_task_that_outlives_its_request_takes_no_place(engine, drive
         if scope["path"] != "/leave":
             await counter(scope, receive, send)
             return
-        children.append(asyncio.create_task(db.session.execute(sa.text("SELECT 1"))))
+        children.append(asyncio.create_task(db.session.execute(ONE)))
         await asyncio.sleep(0)
         await respond(send)
 
@@ -270,13 +276,12 @@ async def test_two_databases_of_one_request_take_one_place(make_engine, drive):
     engines = [make_engine("sqlite", file=f"{name}.db") for name in "ab"]
     databases = [Database(each, name=f"db{n}") for n, each in enumerate(engines)]
     counter = Counter(databases[0])
-    one = sa.text("SELECT 1")
 
     async def app(scope, receive, send):
         if scope["path"] == "/hold":
             await counter(scope, receive, send)
             return
-        await asyncio.gather(*(each.session.execute(one) for each in databases))
+        await asyncio.gather(*(each.session.execute(ONE) for each in databases))
         await respond(send)
 
     admitted = DBSessionMiddleware(app, databases=databases, max_concurrent=1, waiting_timeout=5)
@@ -298,8 +303,8 @@ async def test_second_middleware_leaves_the_first_ones_request_alone(make_engine
     other = Database(engine, name="other")
 
     async def app(scope, receive, send):
-        await db.session.execute(sa.text("SELECT 1"))
-        await other.session.execute(sa.text("SELECT 1"))
+        await db.session.execute(ONE)
+        await other.session.execute(ONE)
         await respond(send)
 
     inner = DBSessionMiddleware(app, database=other, max_concurrent=1)
@@ -310,6 +315,122 @@ async def test_second_middleware_leaves_the_first_ones_request_alone(make_engine
 
     assert [200, 200] == statuses
     assert "asgi_dbscope" not in scope
+
+
+async def use(db: Any, way: str, work: Any) -> None:
+    """Use a session in one of the ways that there are in a request."""
+    if way == "session":
+        await work()
+    elif way == "session_scope":
+        async with db.session_scope() as session:
+            await session.execute(ONE)
+            await work()
+    elif way == "branch":
+        async with db.branch():
+            await work()
+    elif way == "gather":
+        await db.gather(work())
+    else:
+        async with db.transactional(propagation="REQUIRES_NEW"):
+            await work()
+
+
+@pytest.mark.parametrize("way", ["session", "session_scope", "branch", "gather", "REQUIRES_NEW"])
+async def test_sessions_of_its_own_are_the_requests_too(db, drive, engine, way):
+    """G14: a request waits for its turn whichever session it uses first, and only then."""
+    counter = Counter(db)
+
+    async def app(scope, receive, send):
+        async def work():
+            await counter.work(scope["path"])
+
+        await use(db, way, work)
+        await db.session.execute(ONE)  # a second connection, in its turn
+        async with db.session_scope() as session:
+            await session.execute(ONE)
+        await respond(send)
+
+    admitted = DBSessionMiddleware(app, database=db, max_concurrent=1)
+    requests = [asyncio.create_task(drive(admitted, http_scope(f"/{n}"))) for n in range(3)]
+    await until(lambda: counter.order)
+    await asyncio.sleep(0.02)
+    held = engine.pool.checkedout()
+    for _ in requests:
+        counter.may_go.release()
+    exchanges = await asyncio.gather(*requests)
+
+    assert held <= 2  # a scope of its own, and the session in it
+    assert 1 == counter.most
+    assert {200} == {each.status for each in exchanges}
+
+
+@pytest.mark.parametrize("way", ["hold", "session_scope"])
+async def test_place_is_kept_as_long_as_a_connection_is(db, drive, way):
+    """G14: with `stream="hold"`, or a block around the response, the place goes with its end."""
+    is_sent, may_end = asyncio.Event(), asyncio.Event()
+
+    async def app(scope, receive, send):
+        async def stream():
+            await send(start(200))
+            if scope["path"] == "/slow":
+                is_sent.set()
+                await may_end.wait()
+
+        if way == "hold":
+            db.scope.configure(stream="hold")
+            await db.session.execute(ONE)
+            await stream()
+        else:
+            async with db.session_scope() as session:
+                await session.execute(ONE)
+                await stream()
+        await send(body())
+
+    admitted = DBSessionMiddleware(app, database=db, max_concurrent=1, max_waiting=0)
+    slow = asyncio.create_task(drive(admitted, http_scope("/slow")))
+    await is_sent.wait()
+    refused = await drive(admitted)
+    may_end.set()
+    await slow
+
+    assert 503 == refused.status
+    assert 200 == (await drive(admitted)).status
+
+
+@pytest.mark.parametrize("inside", [{}, {"max_concurrent": 5}], ids=["plain", "with its own"])
+async def test_instance_inside_leaves_the_outer_ones_places_alone(make_engine, db, drive, inside):
+    """G14: each instance counts the requests that use its own databases."""
+    engine = make_engine("sqlite", file="other.db")
+    other = Database(engine, name="other")
+    counter = Counter(db)
+    inner = DBSessionMiddleware(counter, database=other, **inside)
+    admitted = DBSessionMiddleware(inner, database=db, max_concurrent=1)
+    requests = [asyncio.create_task(drive(admitted, http_scope(f"/{n}"))) for n in range(3)]
+    await until(lambda: counter.order)
+    await asyncio.sleep(0.02)
+    for _ in requests:
+        counter.may_go.release()
+    await asyncio.gather(*requests)
+    await engine.dispose()
+
+    assert 1 == counter.most
+
+
+async def test_request_that_calls_its_own_app_does_not_wait_for_itself(db, drive):
+    """G14: what is called in process from inside a place needs no second one."""
+    inner = []
+
+    async def app(scope, receive, send):
+        await db.session.execute(ONE)
+        if scope["path"] == "/outer":
+            inner.append(await drive(admitted, http_scope("/inner")))
+        await respond(send)
+
+    admitted = DBSessionMiddleware(app, database=db, max_concurrent=1, max_waiting=0)
+    outer = await drive(admitted, http_scope("/outer"))
+
+    assert [200, 200] == [outer.status, inner[0].status]
+    assert 200 == (await drive(admitted)).status
 
 
 async def test_asking_for_the_engine_alone_takes_no_place(db, drive):
