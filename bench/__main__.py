@@ -27,7 +27,7 @@ from bench.contestants import contestants
 from bench.database import database
 from bench.measure import Bench, Measure, Unit
 from bench.measures import measures
-from bench.page import page
+from bench.page import write_page
 from bench.results import Results, machine
 from bench.servers import ServerFailedError
 from bench.worker import WorkerFailedError
@@ -48,7 +48,8 @@ def main() -> int:
     options = _options()
     console = Console(stderr=True)
     taking_part = _installed(contestants(), console, install=not options.no_install)
-    results = Results(options.results, _about(taking_part, is_quick=options.quick))
+    about = None if options.page_only else _about(taking_part, is_quick=options.quick)
+    results = Results(options.results, about)
     failed = []
     if not options.page_only:
         with database(options.database) as url:
@@ -61,8 +62,7 @@ def main() -> int:
                 return 0
             with bench.kept:
                 failed = _run(bench, planned, results, console)
-    options.page.parent.mkdir(parents=True, exist_ok=True)
-    options.page.write_text(page(results, measures(), taking_part))
+    write_page(results, measures(), taking_part, options.page)
     console.print(f"{options.results}, {options.page}")
     for name, error in failed:
         console.print(f"{name} failed:\n{error}", style="red", markup=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -93,6 +94,51 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Bars:
+    """A chart: a bar for each contestant.
+
+    Attributes:
+        name: Of its file.
+
+        title: What is drawn, with its unit.
+
+        values: By the name of a contestant.
+
+        ranges: The quartiles of each, where they are known.
+    """
+
+    name: str
+    title: str
+    values: Mapping[str, float]
+    ranges: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict[str, tuple[float, float]]
+    )
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A chart: a line for each contestant, over how many there are of something.
+
+    Attributes:
+        name: Of its file.
+
+        title: What is drawn, with its unit.
+
+        over: What there are so many of.
+
+        values: By the name of a contestant: by how many.
+    """
+
+    name: str
+    title: str
+    over: str
+    values: Mapping[str, Mapping[int, float]]
+
+
+Chart = Bars | Lines
+
+
+@dataclass(frozen=True)
 class Table:
     """A table of the page.
 
@@ -104,12 +150,15 @@ class Table:
         rows: By the name of a contestant, or whatever else a row stands for.
 
         note: Markdown below it: what the columns mean, how it was measured.
+
+        charts: What is drawn of it.
     """
 
     title: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[str]]
     note: str = ""
+    charts: Sequence[Chart] = ()
 
 
 class Measure(Protocol):
@@ -168,6 +217,14 @@ def by_group(
     if bench.is_quick:
         groups = QUICK_GROUPS
     return [unit(group) for group in groups if bench.group(group)]
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The lower and the upper one."""
+    if len(values) == 1:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
 
 
 def flat(found: Mapping[str, Mapping[str, Json]]) -> dict[str, Json]:

@@ -1,40 +1,148 @@
-"""`docs/benchmarks.md`, of what the results file holds."""
+"""`docs/benchmarks.md` and its charts, of what the results file holds."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bench.charts import draw, image
+from bench.correct import LIE, liars
+from bench.targets import COLUMNS, TARGETS
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from bench.contestant import Contestant
     from bench.measure import Measure, Table
     from bench.results import Results
 
-HEAD = (
-    "# Benchmarks\n\nWhat a request costs with `DBSessionMiddleware`, beside the bare app, the "
-    "session opened by hand, and every other way that we know. To repeat it: `tox run -e bench`. "
-    "`bench/README.md` says how it is measured.\n"
+CHARTS = "_static/benchmarks"
+"""Where the charts are, seen from the page."""
+
+HEAD = """\
+# Benchmarks
+
+What a request costs with `DBSessionMiddleware`, beside the bare app, the session opened by hand, \
+and every other way to get a session that we know. Every guarantee is on; the others are used as \
+their own documentation says. To repeat it:
+
+```sh
+tox run -e bench                 # all of it; resumed where it was interrupted
+tox run -e bench -- --quick      # a look
+```
+
+`bench/README.md` says how it is measured. This page and its charts were written by that command, \
+from one file of results.
+"""
+
+ABOUT_TARGETS = """\
+## What we set ourselves
+
+Raw ASGI apps, without a framework: there every microsecond shows. *By hand* is \
+`async with session_factory() as session` in the endpoint; *best other* is the best of the others \
+in that row. The *target* is a figure that we set ourselves before we began. Times are of the \
+processor, medians of pairs of one round.
+"""
+
+MENTIONED = (
+    "python",
+    "sqlalchemy",
+    "asyncpg",
+    "psycopg",
+    "greenlet",
+    "anyio",
+    "uvicorn",
+    "uvloop",
+    "httptools",
+    "starlette",
+    "fastapi",
+    "litestar",
 )
+"""What is named of the versions, beside the contestants' own packages."""
 
 
-def page(results: Results, measures: Iterable[Measure], contestants: Sequence[Contestant]) -> str:
-    """The whole of it."""
-    titles = {each.name: each.title for each in contestants}
-    parts = [HEAD]
+def write_page(
+    results: Results, measures: Sequence[Measure], contestants: Sequence[Contestant], file: Path
+) -> None:
+    """Write the page, and its charts beside it."""
+    titles = Titles(contestants, liars(results))
+    parts = [HEAD, ABOUT_TARGETS, _table(["", *COLUMNS], [each.row(results) for each in TARGETS])]
+    if titles.liars:
+        parts.append(f"{LIE} answers 200 to a request whose COMMIT fails.\n")
     for measure in measures:
         found = results.found(measure.name)
-        if not found:
-            continue
-        parts.append(f"## {measure.title}\n\n{measure.about}\n")
-        parts += [render(table, titles) for table in measure.tables(found)]
-    return "\n".join(parts)
+        if found:
+            parts.append(f"## {measure.title}\n\n{measure.about}\n")
+            for table in measure.tables(found):
+                parts += _render(table, titles, file.parent / CHARTS)
+    parts += _where(results, contestants)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(parts))
 
 
-def render(table: Table, titles: dict[str, str]) -> str:
-    """A table in markdown; a contestant's row has its title."""
-    lines = [["", *table.columns], ["---"] * (1 + len(table.columns))]
-    lines += [[titles.get(name, name), *cells] for name, cells in table.rows.items()]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    note = f"\n{table.note}\n" if table.note else ""
-    return f"### {table.title}\n\n{text}\n{note}"
+class Titles:
+    """What rows are called: a contestant by its title, with what one has to know of it."""
+
+    def __init__(self, contestants: Sequence[Contestant], liars: set[str]) -> None:
+        self._contestants = {each.name: each for each in contestants}
+        self.liars = liars
+
+    def of(self, names: Sequence[str]) -> dict[str, str]:
+        """The titles of the rows of one table, or of the bars of one chart."""
+        known = [self._contestants[name] for name in names if name in self._contestants]
+        is_mixed = len({each.group for each in known}) > 1
+        return {name: self._title(name, is_mixed=is_mixed) for name in names}
+
+    def _title(self, name: str, *, is_mixed: bool) -> str:
+        contestant = self._contestants.get(name)
+        if contestant is None:
+            return name
+        kind = f" ({contestant.group})" if is_mixed else ""
+        return f"{contestant.title}{kind}{f' {LIE}' if name in self.liars else ''}"
+
+
+def _render(table: Table, titles: Titles, charts: Path) -> list[str]:
+    named = titles.of([*table.rows])
+    rows = [[_stressed(name, named[name]), *cells] for name, cells in table.rows.items()]
+    parts = [f"### {table.title}\n", _table(["", *table.columns], rows)]
+    if table.note:
+        parts.append(f"{table.note}\n")
+    for chart in table.charts:
+        draw(chart, titles.of([*chart.values]), charts)
+        parts.append(image(chart, CHARTS))
+    return parts
+
+
+def _stressed(name: str, title: str) -> str:
+    return f"**{title}**" if ".ours" in name else title
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _where(results: Results, contestants: Sequence[Contestant]) -> list[str]:
+    """The machine and the versions."""
+    machine, versions = results.about["machine"], results.about["versions"]
+    low, high = results.loads()
+    rows = []
+    for environment, found in versions.items():
+        own = [
+            name
+            for each in contestants
+            if each.environment == environment
+            for name in each.packages
+        ]
+        named = [name for name in dict.fromkeys([*MENTIONED, *own]) if name in found]
+        rows.append([environment, ", ".join(f"{name} {found[name]}" for name in named)])
+    return [
+        "## The machine and the versions\n",
+        (
+            f"{machine['processor']}, {machine['cores']} cores, {machine['system']}; PostgreSQL on "
+            f"a unix socket, `fsync` off. The load average was between {low} and {high} while it "
+            "was measured, the benchmark's own part included.\n"
+        ),
+        _table(["environment", "versions"], rows),
+        "Packages whose pins conflict with the others' have an environment of their own.\n",
+    ]

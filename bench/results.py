@@ -21,15 +21,18 @@ class Results:
     Args:
         path: Where it is; it need not exist.
 
-        about: The machine and the versions. Results of others are left behind.
+        about: The machine and the versions. Results of others are left behind. `None`: those that
+            are written there.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, about: Mapping[str, Any] | None) -> None:
         self.path = path
-        self.about = dict(about)
+        self.about = dict(about or {})
         self._measures: dict[str, dict[str, Any]] = {}
         if path.exists():
             written = json.loads(path.read_text())
+            if about is None:
+                self.about = written["about"]
             if written["about"] == json.loads(json.dumps(self.about)):
                 self._measures = written["measures"]
 
@@ -54,6 +57,11 @@ class Results:
     def found(self, measure: str) -> dict[str, Json]:
         """What the units of a measure found, by their names."""
         return {name: unit["found"] for name, unit in self._measures.get(measure, {}).items()}
+
+    def loads(self) -> tuple[float, float]:
+        """The lowest and the highest load average that there was."""
+        loads = [unit["load"] for units in self._measures.values() for unit in units.values()]
+        return min(loads, default=0.0), max(loads, default=0.0)
 
 
 def machine() -> dict[str, Any]:

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from bench.chaos.client import Client
-from bench.measure import ASYNC_GROUPS, Bench, Json, Table, Unit, by_group, flat
+from bench.measure import ASYNC_GROUPS, Bars, Bench, Json, Table, Unit, by_group, flat
 from bench.servers import POOL_SIZE
 
 if TYPE_CHECKING:
@@ -131,7 +131,15 @@ class Hold:
             ]
             for name, told in flat(found).items()
         }
-        return [Table("Connections held, and others", columns, rows)]
+        charts = [
+            Bars(
+                f"hold-{route}",
+                f"Connection held during {title}: milliseconds more than needed",
+                {name: told[route] for name, told in flat(found).items()},
+            )
+            for route, title in OCCASIONS.items()
+        ]
+        return [Table("Connections held, and others", columns, rows, charts=charts)]
 
 
 def is_slowed(waits: Mapping[str, float]) -> bool:

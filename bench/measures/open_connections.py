@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from bench.measure import Bench, Json, Table, Unit, by_group, flat
+from bench.measure import Bars, Bench, Json, Table, Unit, by_group, flat
 from bench.servers import Connection
 
 if TYPE_CHECKING:
@@ -90,7 +90,15 @@ class OpenConnections:
             name: [cell for kind in KINDS for cell in _cells(kinds[kind], bare and bare[kind])]
             for name, kinds in told.items()
         }
-        return [Table(f"{number:,} of each, open at the same time", columns, rows)]
+        charts = [
+            Bars(
+                f"open-{kind}",
+                f"Bytes for an open {kind}",
+                {name: kinds[kind]["traced"] for name, kinds in told.items()},
+            )
+            for kind in KINDS
+        ]
+        return [Table(f"{number:,} of each, open at the same time", columns, rows, charts=charts)]
 
 
 def _cells(told: Mapping[str, float], bare: Mapping[str, float] | None) -> list[str]:

@@ -6,7 +6,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
-from bench.measure import GROUPS, Bench, Json, Table, Unit, by_group
+from bench.measure import GROUPS, Bars, Bench, Json, Table, Unit, by_group, quartiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -78,9 +78,26 @@ class Throughput:
                     name: _cells(samples, _by_hand(contestants))
                     for name, samples in contestants.items()
                 },
+                charts=_charts(group, contestants),
             )
             for group, contestants in found.items()
         ]
+
+
+def _charts(group: str, contestants: Mapping[str, Json]) -> list[Bars]:
+    cpu = {
+        name: [each["cpu"] for each in samples["select"]]
+        for name, samples in contestants.items()
+        if "select" in samples
+    }
+    return [
+        Bars(
+            f"throughput-{group}",
+            f"Server's CPU for one SELECT, {group}: microseconds",
+            {name: statistics.median(times) for name, times in cpu.items()},
+            {name: quartiles(times) for name, times in cpu.items()},
+        )
+    ]
 
 
 def _by_hand(contestants: Mapping[str, Json]) -> Json:

@@ -1,0 +1,170 @@
+"""What we set ourselves, and whether it was met: the first table of the page."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bench.measures.hold import CROWDS, OCCASIONS, is_slowed
+from bench.measures.throughput import ratio
+
+if TYPE_CHECKING:
+    from bench.results import Results
+
+GROUP = "asgi"
+"""Without a framework, whose own cost would make every ratio look better."""
+
+OURS, BY_HAND, BARE = (f"{GROUP}.{way}" for way in ("ours", "by_hand", "bare"))
+
+COLUMNS = ("by hand", "best other", "asgi-dbscope", "target", "")
+
+Found = dict[str, Any]
+"""What a measure found, by contestant."""
+
+Read = Callable[["Results", str], float]
+"""What was measured for a contestant; a `KeyError` says that nothing was."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that we set ourselves.
+
+    Attributes:
+        what: Of which request.
+
+        shown: How a figure is written.
+
+        goal: At most so much.
+
+        read: Reads what was measured.
+    """
+
+    what: str
+    shown: str
+    goal: float
+    read: Read
+
+    def row(self, results: Results) -> list[str]:
+        """Its row of the table."""
+        found = {name: self._value(results, name) for name in names(results)}
+        by_hand, ours = found.pop(BY_HAND, None), found.pop(OURS, None)
+        best = min((value for value in found.values() if value is not None), default=None)
+        met = "not measured" if ours is None else "met" if ours <= self.goal else "**not met**"
+        shown = ["" if each is None else self.shown.format(each) for each in (by_hand, best, ours)]
+        return [self.what, *shown, f"≤ {self.shown.format(self.goal)}", met]
+
+    def _value(self, results: Results, name: str) -> float | None:
+        try:
+            return self.read(results, name)
+        except KeyError:
+            return None
+
+
+def names(results: Results) -> list[str]:
+    """Who was measured without a framework, the bare app apart."""
+    found = results.found("latency").get(f"asyncio {GROUP}", {})
+    return [name for name in found.get("select", {}) if name != BARE]
+
+
+def _times(results: Results, route: str, name: str) -> list[float]:
+    samples: list[float] = results.found("latency")[f"asyncio {GROUP}"][route][name]["cpu"]
+    return samples
+
+
+def time_above_bare(route: str) -> Read:
+    """Microseconds above the bare app."""
+    return lambda results, name: (
+        statistics.median(_times(results, route, name))
+        - statistics.median(_times(results, "none", BARE))
+    )
+
+
+def time_ratio(route: str) -> Read:
+    """To by hand, in pairs of one round."""
+    return lambda results, name: statistics.median(
+        a / b
+        for a, b in zip(_times(results, route, name), _times(results, route, BY_HAND), strict=True)
+    )
+
+
+def _count(results: Results, route: str, name: str) -> float:
+    counted: float = results.found("instructions")[GROUP][name][route]
+    return counted
+
+
+def instructions_above_bare(route: str) -> Read:
+    """Thousands of instructions above the bare app."""
+    return lambda results, name: (
+        (_count(results, route, name) - _count(results, "none", BARE)) / 1e3
+    )
+
+
+def instructions_ratio(route: str) -> Read:
+    """To by hand."""
+    return lambda results, name: _count(results, route, name) / _count(results, route, BY_HAND)
+
+
+def server_ratio(route: str) -> Read:
+    """The server's CPU, to by hand."""
+
+    def read(results: Results, name: str) -> float:
+        found = results.found("throughput")[GROUP]
+        return ratio(found[name][route], found[BY_HAND][route])
+
+    return read
+
+
+def allocated(what: str, unit: float = 1) -> Read:
+    """What a request without a database allocates above the bare app."""
+
+    def read(results: Results, name: str) -> float:
+        found = results.found("allocations")[GROUP]
+        above: float = found[name]["none"][what] - found[BARE]["none"][what]
+        return above / unit
+
+    return read
+
+
+def held(route: str) -> Read:
+    """Milliseconds that a connection is held after the head."""
+    return lambda results, name: float(results.found("hold")[GROUP][name][route])
+
+
+def slowed(route: str) -> Read:
+    """Milliseconds that others wait longer; none, as long as they wait for no connection."""
+
+    def read(results: Results, name: str) -> float:
+        waits = results.found("hold")[GROUP][name][route]
+        longer: float = waits["beside"] - waits["calm"]
+        return longer if is_slowed(waits) else 0.0
+
+    return read
+
+
+NONE = "no database, above the bare app"
+TARGETS = (
+    Target(NONE, "{:.2f} µs", 1.2, time_above_bare("none")),
+    Target(NONE, "{:.1f} k instructions", 13, instructions_above_bare("none")),
+    Target(NONE, "{:.1f} allocations", 8, allocated("count")),
+    Target(NONE, "{:.2f} KiB", 0.8, allocated("bytes", 1024)),
+    Target("session obtained, not used, above bare", "{:.1f} µs", 14, time_above_bare("unused")),
+    Target("one SELECT, time to by hand", "{:.3f}", 0.96, time_ratio("select")),
+    Target("one SELECT, instructions to by hand", "{:.3f}", 0.97, instructions_ratio("select")),
+    Target("one INSERT + COMMIT, time to by hand", "{:.3f}", 0.97, time_ratio("insert")),
+    Target(
+        "one INSERT + COMMIT, instructions to by hand", "{:.3f}", 0.98, instructions_ratio("insert")
+    ),
+    Target(
+        "one SELECT behind uvicorn, server's CPU to by hand", "{:.3f}", 1.0, server_ratio("select")
+    ),
+    *(
+        Target(f"connection held during {title}", "{:.1f} ms more", 0, held(route))
+        for route, title in OCCASIONS.items()
+    ),
+    *(
+        Target(f"others beside {title}, pool of five", "{:.0f} ms slower", 0, slowed(route))
+        for route, title in CROWDS.items()
+    ),
+)
