@@ -2,13 +2,20 @@
 
 import asyncio
 import gc
+import itertools
+import sys
 import weakref
+from collections import Counter
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
 
-from asgi_dbscope import Database, DBSessionMiddleware, current_scope
-from tests.fix_asgi import http_scope, respond
+import asgi_dbscope
+from asgi_dbscope import Database, DBSessionMiddleware, SessionScopeClosedError, current_scope
+from tests.fix_asgi import Drive, http_scope, respond
+from tests.fix_database import Item
 
 GENERATIONS = 10
 
@@ -90,3 +97,110 @@ async def test_who_follows_in_the_context_of_a_scope_keeps_nothing_of_it(kind, o
     await line.run()
 
     assert 2 >= line.alive
+
+
+# --------------------------------------------------------------------------------------
+# The cost of a request
+# --------------------------------------------------------------------------------------
+
+
+PACKAGE = str(Path(asgi_dbscope.__file__).parent)
+REQUESTS = 12
+
+
+class Past:
+    """An app that has been at work for a while, with all that a request may leave behind.
+
+    Args:
+        drive: Sends it a request.
+
+        db: Its database.
+    """
+
+    def __init__(self, drive: Drive, db: Database[Any]) -> None:
+        self._drive = drive
+        self._app = DBSessionMiddleware(self._answer, database=db)
+        self._db = db
+        self._ids = itertools.count(1)
+        self._is_over = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self.hooks = 0
+        self.has_tasks = False
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        self._db.session.add(Item(id=next(self._ids)))
+        for _ in range(self.hooks):
+            self._db.on_commit(self._hear)
+            self._db.on_completion(self._hear, when="after_response")
+        if self.has_tasks:
+            self._tasks.append(asyncio.create_task(self._outlive()))
+        await respond(send)
+
+    async def _hear(self, *outcome: object) -> None:
+        pass
+
+    async def _outlive(self) -> None:
+        await self._is_over.wait()
+        with pytest.raises(SessionScopeClosedError):
+            self._db.session  # noqa: B018 - asked for
+
+    async def serve(self, requests: int) -> None:
+        """Serve so many, one after the other."""
+        for _ in range(requests):
+            exchange = await self._drive(self._app)
+            assert 200 == exchange.status
+
+    async def calls(self) -> int:
+        """Serve one; how many calls the package makes for it, its own and Python's."""
+        counted = 0
+
+        def note(frame: FrameType, what: str, argument: object) -> None:
+            nonlocal counted
+            if what in {"call", "c_call"} and frame.f_code.co_filename.startswith(PACKAGE):
+                counted += 1
+
+        sys.setprofile(note)
+        try:
+            await self.serve(1)
+        finally:
+            sys.setprofile(None)
+        return counted
+
+    async def end(self) -> None:
+        """Let the tasks end that outlived their requests."""
+        self._is_over.set()
+        await asyncio.gather(*self._tasks)
+        self._tasks.clear()
+
+
+def ours() -> Counter[str]:
+    """How many objects of the package there are, by their class."""
+    gc.collect()
+    kinds = (type(each) for each in gc.get_objects())
+    return Counter(
+        kind.__name__ for kind in kinds if str(kind.__module__).startswith("asgi_dbscope")
+    )
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+async def test_a_request_costs_the_same_whatever_came_before(db, drive):
+    """G9: Requests, hooks and tasks that outlive theirs leave nothing that others pay for."""
+    past = Past(drive, db)
+    await past.serve(3)
+    calls, objects = await past.calls(), ours()
+
+    await past.serve(REQUESTS)
+    assert calls == await past.calls()
+
+    past.hooks = 3
+    await past.serve(REQUESTS)
+    past.hooks = 0
+    assert calls == await past.calls()
+
+    past.has_tasks = True
+    await past.serve(REQUESTS)
+    past.has_tasks = False
+    assert calls == await past.calls()
+
+    await past.end()
+    assert (calls, objects) == (await past.calls(), ours())
