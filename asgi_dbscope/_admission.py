@@ -2,8 +2,9 @@
 
 A request asks when it is about to take its first connection, whichever of its sessions takes it,
 and keeps its place to its response, or longer where its response still holds one then; one that
-uses no session never asks. Who has to wait holds nothing, in the order of their coming, and leaves
-the queue with its client.
+uses no session never asks. Who has to wait holds nothing, in the order of their coming. A request
+leaves the queue with its client, where that can be seen: while the app itself waits for a message,
+or has been sent more of the body than is kept, it waits for its turn or its time.
 """
 
 from __future__ import annotations

@@ -122,21 +122,42 @@ class SessionHandle(Generic[S]):
 
 
 class OwnScope(Generic[S]):
-    """A scope of its own around a block: opened, made the current one, and closed."""
+    """A scope of its own around a block: opened, made the current one, and closed.
+
+    Args:
+        database: Whose.
+
+        options: How it treats its transactions.
+
+        name: What logs and errors call it.
+
+        has_own_time: Whether a ``timeout`` was named for it; else it has that of what is around it.
+    """
 
     __slots__ = ("_token", "scope")
 
     def __init__(
-        self, database: Database[S], options: ScopeOptions, name: str | None = None
+        self,
+        database: Database[S],
+        options: ScopeOptions,
+        name: str | None = None,
+        *,
+        has_own_time: bool = False,
     ) -> None:
         enclosing = _current.find_scope(database)
+        holder = enclosing if enclosing is not None and enclosing.has_session else None
+        shares_time = not has_own_time and holder is not None and holder.shape.timeout is not None
+        if holder is not None and shares_time:
+            options = options.changed({"timeout": holder.shape.timeout})
         if enclosing is not None and enclosing.options.is_admitted:
             options = options.changed({"is_admitted": True})
         self.scope: SessionScope[S] = SessionScope(
             database, _current.innermost.get(), options, name=name
         )
-        if enclosing is not None and enclosing.has_session:
-            self.scope.holder = enclosing
+        if holder is not None:
+            self.scope.holder = holder
+        if shares_time:
+            self.scope.shares_time = True
         self._token: Token[ScopeHolder | None] = _current.innermost.set(self.scope)
 
     def leave(self) -> None:
@@ -217,7 +238,11 @@ class SessionScopeBlock(Generic[S]):
         enclosing = _current.find_scope(self._database)
         if enclosing is not None and enclosing.is_websocket:
             options = enclosing.options  # the middleware's, for this connection
-        own = OwnScope(self._database, options.changed(self._changes))
+        own = OwnScope(
+            self._database,
+            options.changed(self._changes),
+            has_own_time=self._changes.get("timeout") is not None,
+        )
         try:
             session = own.scope.session
         except BaseException:

@@ -414,7 +414,9 @@ class Database(Generic[S]):
 
             retry: Whether and how a decorated function is called again that lost to a conflict.
 
-            timeout: Seconds that a transaction may take, from its BEGIN.
+            timeout: Seconds that a transaction may take, from its BEGIN. ``None``: the request's,
+                where it is inside of one that has a timeout, and no longer than the transaction
+                that is open around it.
 
             function: For ``@db.session_scope`` without parentheses.
         """

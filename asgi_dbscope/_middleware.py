@@ -65,8 +65,10 @@ class DBSessionMiddleware:
 
         retry: Whether and how a request is replayed that lost to a conflict with another
             transaction; ``None``: only where its endpoint has ``session_options(retry=...)``.
+
         timeout: Seconds that a transaction of a request may take, from its BEGIN; then it is
-            rolled back, and the response is a 504. ``None``: as long as it likes.
+            rolled back, and the response is a 504. Those of scopes inside it share that time,
+            unless they name their own. ``None``: as long as it likes.
 
         max_concurrent: How many requests may work with the databases at the same time, from their
             first use of a session to their response's head (with ``stream="hold"``: to its body's

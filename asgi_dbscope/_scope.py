@@ -132,6 +132,8 @@ class SessionScope(Lifecycle, Generic[S]):
     is_answer_missing = False
     """Whether a COMMIT got no answer, and the server is being asked what became of it."""
     shaped_by: str | None = None
+    shares_time = False
+    """Whether its ``timeout`` is that of the scope around it, and ends with that one's."""
     watch: TransactionWatch | None = None
     """The clock of its last transaction."""
     is_websocket = False

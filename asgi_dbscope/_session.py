@@ -442,12 +442,13 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
 
 def _limit(scope: SessionScope[Any], connection: Connection) -> None:
     """Tell the server how long it may take; and let our clock see what is done past the session."""
+    watch = scope.watch
     if scope.deadline is not None:
         slack = 0.0 if scope.database.is_sync else SLACK  # a thread has no clock of its own here
         _dialects.limit_transaction(connection, scope.deadline - monotonic(), slack=slack)
-    elif scope.shape.timeout is not None and scope.shape.mode != "autocommit":
-        _dialects.limit_transaction(connection, scope.shape.timeout, slack=SLACK)
-    if scope.watch is not None:
+    elif watch is not None and watch.timeout is not None and not watch.is_over:
+        _dialects.limit_transaction(connection, watch.timeout, slack=SLACK)
+    if watch is not None:
         report_use(connection)
 
 

@@ -565,7 +565,8 @@ class TransactionalBlock(Generic[S]):
         if kind is Entry.AS_IS or kind is Entry.AUTOCOMMIT_SCOPE:
             self._check_demands_nothing(kind)
         if scope is None or kind is Entry.NEW_SCOPE or kind is Entry.AUTOCOMMIT_SCOPE:
-            own = OwnScope(database, self.own_options(scope, kind), self.label)
+            options = self.own_options(scope, kind)
+            own = OwnScope(database, options, self.label, has_own_time=self.timeout is not None)
             return _Owning(self, kind, own.scope, own)
         scope.check_open()
         if kind is Entry.BEGIN:

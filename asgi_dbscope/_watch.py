@@ -55,7 +55,9 @@ class TransactionWatch(ABC):
     """The clock of one transaction.
 
     Attributes:
-        deadline: When the transaction has to be over, by :func:`time.monotonic`.
+        timeout: Seconds that the transaction may take; ``None`` for any number.
+
+        deadline: When it has to be over, by :func:`time.monotonic`.
 
         is_over: Whether the transaction has ended.
     """
@@ -65,12 +67,23 @@ class TransactionWatch(ABC):
         self.use = cast("Any", use)
         shape = scope.shape
         self._begun_at = monotonic()
-        self.deadline = None if shape.timeout is None else self._begun_at + shape.timeout
+        self._around = scope.holder if scope.shares_time else None
+        self.timeout = self._timeout()
+        self.deadline = None if self.timeout is None else self._begun_at + self.timeout
         self.is_over = False
         self._has_warned = shape.idle_warning is None
         self._results: list[CursorResult[Any]] = []
         if shape.watches_idling:
             self.use.note_begin(self._begun_at)
+
+    def _timeout(self) -> float | None:
+        """The scope's own, or what is left of an open transaction's around it that it shares."""
+        timeout = self.scope.shape.timeout
+        around = None if self._around is None else self._around.watch
+        if timeout is None or around is None or around.deadline is None or around.is_over:
+            self._around = None
+            return timeout
+        return min(timeout, max(around.deadline - self._begun_at, 0.0))
 
     def start(self) -> None:
         """Wait for what may happen next."""
@@ -131,10 +144,18 @@ class TransactionWatch(ABC):
         return self.deadline is not None and monotonic() >= self.deadline
 
     def _timeout_error(self) -> TransactionTimeoutError:
-        return TransactionTimeoutError(
-            f"The transaction of {self.scope.label} took longer than its timeout of "
-            f"{self.scope.shape.timeout:g} seconds and was rolled back."
-        )
+        label, timeout = self.scope.label, self.scope.shape.timeout
+        if self._around is None:
+            msg = (
+                f"The transaction of {label} took longer than its timeout of {timeout:g} seconds "
+                "and was rolled back."
+            )
+        else:
+            msg = (
+                f"The transaction of {label} was rolled back: the timeout of {timeout:g} seconds "
+                f"has passed for that of {self._around.label}, around it, whose time it shares."
+            )
+        return TransactionTimeoutError(msg)
 
     def _has_idled(self) -> bool:
         """Warn of a transaction that idles, or end it; whether it was ended."""

@@ -109,6 +109,29 @@ def test_transaction_is_over_also_where_nobody_uses_it(engine, option, kind):
         assert [] == connection.scalars(sa.select(Item.id)).all()
 
 
+async def test_scope_inside_shares_the_requests_time(engine, drive):
+    """A block with a session of its own ends with the transaction of the request around it."""
+    db = Database(engine)
+    errors = []
+
+    def work():
+        db.session.execute(sa.text("SELECT 1"))
+        try:
+            with db.transactional("REQUIRES_NEW") as session:
+                inner = db.scope
+                session.execute(sa.text("SELECT 1"))
+                wait_for(lambda: inner.state is State.IDLE)
+        except TransactionTimeoutError as error:
+            errors.append(str(error))
+            raise
+
+    exchange = await drive(DBSessionMiddleware(endpoint(work), database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    [message] = errors
+    assert "for that of GET /, around it, whose time it shares" in message
+
+
 def test_transaction_in_time_is_none_the_wiser(engine):
     """What ends in time commits."""
     db = Database(engine, idle_warning=30, idle_timeout=30)

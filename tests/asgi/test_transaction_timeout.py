@@ -269,6 +269,79 @@ async def test_endpoint_may_have_its_own(db, drive):
     assert [5, 7, 3] == timeouts
 
 
+OWN = {
+    "session_scope()": lambda db: db.session_scope(),
+    "transactional(REQUIRES_NEW)": lambda db: db.transactional("REQUIRES_NEW"),
+    "branch()": lambda db: db.branch(),
+}
+
+
+@pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
+@pytest.mark.parametrize("label", OWN)
+async def test_scope_inside_has_the_requests_timeout(db, drive, rows, label):
+    """A transaction of its own in a request takes no longer than the request's would."""
+
+    async def app(scope, receive, send):
+        async with OWN[label](db) as session:
+            session.add(Item(id=1))
+            await session.execute(SLOW)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    assert [] == await rows()
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("label", OWN)
+async def test_scope_inside_shares_the_time_of_the_open_transaction(db, drive, rows, label):
+    """It ends with the transaction around it: what began later has no more time than that."""
+    errors = []
+
+    async def app(scope, receive, send):
+        outer = current_scope()
+        await db.session.execute(sa.text("SELECT 1"))
+        assert outer.watch is not None
+        try:
+            async with OWN[label](db) as session:
+                inner = db.scope
+                await session.execute(sa.text("SELECT 1"))
+                assert outer.watch.deadline == pytest.approx(inner.watch.deadline)
+                assert inner.watch.timeout < 0.1
+                while inner.state is not State.IDLE:
+                    await asyncio.sleep(0.005)
+        except TransactionTimeoutError as error:
+            errors.append(str(error))
+            raise
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    [message] = errors
+    assert message.startswith(f"The transaction of {label} was rolled back: the timeout of 0.1")
+    assert "seconds has passed for that of GET /, around it, whose time it shares" in message
+
+
+async def test_scope_inside_with_a_timeout_of_its_own_shares_nothing(db, drive, rows):
+    """Whoever names a timeout has that: for a job that takes longer than its request may."""
+
+    async def app(scope, receive, send):
+        outer = current_scope()
+        await db.session.execute(sa.text("SELECT 1"))
+        async with db.session_scope(timeout=30) as session:
+            await session.execute(sa.text("SELECT 1"))
+            while outer.state is not State.IDLE:
+                await asyncio.sleep(0.005)
+            session.add(Item(id=1))
+        async with db.session_scope() as session:  # after the request's time: an error's record
+            session.add(Item(id=2))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert exchange.error is None
+    assert [1, 2] == await rows()
+
+
 @ON_POSTGRES
 async def test_scope_of_its_own_raises_at_its_end(db, rows):
     """A job whose transaction ran out of time doesn't end well."""
