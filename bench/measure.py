@@ -197,7 +197,7 @@ def by_group(
     Args:
         bench: Who is there.
 
-        groups: Those of them that take part.
+        groups: Those of them that take part; the first of them in a quick run.
 
         seconds: About how long it takes for each contestant.
 
@@ -215,7 +215,7 @@ def by_group(
         return Unit(group, names, seconds * len(contestants), run)
 
     if bench.is_quick:
-        groups = QUICK_GROUPS
+        groups = groups[:1]
     return [unit(group) for group in groups if bench.group(group)]
 
 
@@ -234,4 +234,3 @@ def flat(found: Mapping[str, Mapping[str, Json]]) -> dict[str, Json]:
 
 ASYNC_GROUPS = ("asgi", "starlette", "fastapi", "litestar")
 GROUPS = (*ASYNC_GROUPS, "fastapi-sync")
-QUICK_GROUPS = ("starlette",)

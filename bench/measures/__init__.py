@@ -15,6 +15,7 @@ NAMES = (
     "first_byte",
     "pool_tail",
     "open_connections",
+    "scale",
 )
 """The files, in the order of the page."""
 

@@ -20,10 +20,10 @@ COLUMNS = ("p50", "p99", "max")
 UNITS = {"us": 1e-3, "ms": 1.0, "s": 1e3, "m": 60e3}
 
 
-async def tail(server: Server, seconds: int) -> dict[str, float]:
+async def tail(server: Server) -> dict[str, float]:
     """Milliseconds: the median, the 99th percentile and the worst."""
     await server.warm("select")
-    told = await server.wrk("select", clients=CLIENTS, seconds=seconds)
+    told = await server.wrk("select", clients=CLIENTS, seconds=1)
     await server.idle_state()
     return read(told)
 
@@ -51,17 +51,15 @@ class PoolTail:
     needs: Sequence[str] = ("wrk",)
 
     def units(self, bench: Bench) -> list[Unit]:
-        seconds = int(bench.budget(2, 1))
-
         async def measure(servers: Sequence[Server], tell: Callable[[float], None]) -> Json:
             racing = [each for each in servers if ".bare" not in each.name]
             found = {}
             for done, server in enumerate(racing):
-                found[server.name] = await tail(server, seconds)
+                found[server.name] = await tail(server)
                 tell((done + 1) / len(racing))
             return found
 
-        return by_group(bench, ASYNC_GROUPS, seconds + 0.3, measure)
+        return by_group(bench, ASYNC_GROUPS, 1.5, measure)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         rows = {

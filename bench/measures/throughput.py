@@ -44,26 +44,34 @@ class Throughput:
     needs: Sequence[str] = ("wrk",)
 
     def units(self, bench: Bench) -> list[Unit]:
-        rounds = int(bench.budget(5, 1))
-        routes = list(ROUTES) if not bench.is_quick else ["select"]
+        if bench.is_quick:
+            return self._units(bench, GROUPS, ["select"], 1)
+        # Without a framework in the way there is more to see.
+        frameworks = [group for group in GROUPS if group != "asgi"]
+        return [
+            *self._units(bench, ["asgi"], [*ROUTES], 5),
+            *self._units(bench, frameworks, ["select"], 3),
+        ]
 
+    def _units(
+        self, bench: Bench, groups: Sequence[str], routes: Sequence[str], rounds: int
+    ) -> list[Unit]:
         async def measure(servers: Sequence[Server], tell: Callable[[float], None]) -> Json:
             found: dict[str, Json] = {each.name: {} for each in servers}
             turns = [
                 (server, route)
-                for _ in range(rounds)
                 for route in routes
                 for server in servers
                 if route == "none" or ".bare" not in server.name
             ]
-            for server, route in turns[: len(turns) // rounds]:
+            for server, route in turns:
                 await server.warm(route)
-            for done, (server, route) in enumerate(turns):
+            for done, (server, route) in enumerate(turns * rounds):
                 found[server.name].setdefault(route, []).append(await slice_of(server, route))
-                tell((done + 1) / len(turns))
+                tell((done + 1) / len(turns * rounds))
             return found
 
-        return by_group(bench, GROUPS, rounds * len(routes) * 1.2, measure)
+        return by_group(bench, groups, rounds * len(routes) * 1.2 + 1, measure)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         return [
@@ -71,12 +79,13 @@ class Throughput:
                 f"Server's CPU and throughput: {group}",
                 [
                     cell
-                    for title in ROUTES.values()
-                    for cell in (f"{title}: CPU", "to by hand", "requests a second")
+                    for route in _routes(contestants)
+                    for cell in (f"{ROUTES[route]}: CPU", "to by hand", "requests a second")
                 ],
                 {
-                    name: _cells(samples, _by_hand(contestants))
+                    name: _cells(samples, _by_hand(contestants), _routes(contestants))
                     for name, samples in contestants.items()
+                    if samples
                 },
                 charts=_charts(group, contestants),
             )
@@ -109,9 +118,15 @@ def ratio(ours: Sequence[Json], theirs: Sequence[Json]) -> float:
     return statistics.median(a["cpu"] / b["cpu"] for a, b in zip(ours, theirs, strict=True))
 
 
-def _cells(samples: Mapping[str, Json], by_hand: Mapping[str, Json]) -> list[str]:
+def _routes(contestants: Mapping[str, Json]) -> list[str]:
+    return [route for route in ROUTES if any(route in each for each in contestants.values())]
+
+
+def _cells(
+    samples: Mapping[str, Json], by_hand: Mapping[str, Json], routes: Sequence[str]
+) -> list[str]:
     cells = []
-    for route in ROUTES:
+    for route in routes:
         turns = samples.get(route)
         if turns is None:
             cells += ["", "", ""]
