@@ -17,7 +17,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from asgi_dbscope._doubt import miss_answer
 from asgi_dbscope._engine import scope_on
+from asgi_dbscope._fences import fence_write
 from asgi_dbscope._lifecycle import State
+from asgi_dbscope._retry import Attempt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +66,8 @@ def _executing(method: Callable[..., Any]) -> Callable[..., Any]:
         scope = scope_on(self)
         if scope is not None and scope.use is not None and not is_read(statement):
             scope.use.has_written = True
+            if Attempt.were_made:
+                fence_write(scope, statement)
         result: Any = method(self, statement, *args, **kwargs)
         watch = None if scope is None else scope.watch
         if watch is not None and isinstance(result, CursorResult):

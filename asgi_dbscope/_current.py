@@ -4,7 +4,8 @@ The variable holds one mutable object, so a child task, a worker thread and code
 ``BaseHTTPMiddleware`` all see the very same one through their copy of the context. It is set and
 reset only by whoever opens the scope. A holder is a request, which makes a database's scope when
 that is asked for, or a scope by itself; each links to the one around it, and a database's current
-scope is the innermost one of the chain.
+scope is the innermost one of the chain. A call that may be made again is one, too, so that all that
+is done in it, in whichever scope, knows the attempt that it is a part of.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from asgi_dbscope._scope import SessionScope
 
     class ScopeHolder(Protocol):
-        """A request, or a scope by itself."""
+        """A request, a scope by itself, or a call that may be made again."""
 
         outer: ScopeHolder | None
         """The holder around this one."""
@@ -140,6 +141,24 @@ def find_scope(database: Database[Any]) -> SessionScope[Any] | None:
             return scope
         holder = holder.outer
     return None
+
+
+def find_attempt() -> Attempt | None:
+    """The attempt that this code is a part of: the innermost of those it was called in.
+
+    Also one that has lost, whose task this is. But what is over for good is left out, as it is in
+    :func:`open_around`: a task may well go on in its context.
+    """
+    holder = innermost.get()
+    attempt = None if holder is None else holder.current_attempt
+    return None if attempt is None else attempt.alive
+
+
+def forbid_attempts(reason: str, own: Attempt | None = None) -> None:
+    """Let nothing be done again that this code is a part of, nor what *own* is an attempt at."""
+    for attempt in (find_attempt(), own):
+        if attempt is not None:
+            attempt.forbid(reason)
 
 
 def current_scope(name: str | None = None) -> SessionScope[Any]:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import time
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
+from asgi_dbscope._current import find_attempt, get_innermost, reset_innermost, set_innermost
 from asgi_dbscope._dialects import find_conflict
-from asgi_dbscope._retry import Attempt
+from asgi_dbscope._retry import Attempt, log_fence, log_loss
 from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
     from typing import Protocol
 
+    from asgi_dbscope._admission import AdmittedRequest
     from asgi_dbscope._database import Database
     from asgi_dbscope._retry import Retry
     from asgi_dbscope._scope import SessionScope
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
 
 
 F = TypeVar("F", bound="Callable[..., Any]")
-
-logger = logging.getLogger("asgi_dbscope")
 
 
 def decorate(
@@ -139,12 +139,8 @@ def _again_async(function: Any, enter: Callable[[], Any], retry: Retry) -> Any:
             block = enter()
             try:
                 async with block:
-                    tries.begin(block)
-                    try:
+                    with tries.inside(block):
                         return await function(*args, **kwargs)
-                    except Exception:
-                        tries.look()
-                        raise
             except Exception as error:
                 delay = tries.delay_after(error)
                 if delay is None:
@@ -152,6 +148,7 @@ def _again_async(function: Any, enter: Callable[[], Any], retry: Retry) -> Any:
             finally:
                 tries.end()
             await asyncio.sleep(delay)
+            tries.go_on()
 
     return in_block
 
@@ -163,13 +160,8 @@ def _again(function: Any, enter: Callable[[], Any], retry: Retry) -> Any:
         while True:
             block = enter()
             try:
-                with block:
-                    tries.begin(block)
-                    try:
-                        return function(*args, **kwargs)
-                    except Exception:
-                        tries.look()
-                        raise
+                with block, tries.inside(block):
+                    return function(*args, **kwargs)
             except Exception as error:
                 delay = tries.delay_after(error)
                 if delay is None:
@@ -177,6 +169,7 @@ def _again(function: Any, enter: Callable[[], Any], retry: Retry) -> Any:
             finally:
                 tries.end()
             time.sleep(delay)
+            tries.go_on()
 
     return in_block
 
@@ -188,20 +181,30 @@ class _Tries:
         self._retry = retry
         self._label = f"{getattr(function, '__qualname__', function)}()"
         self._attempt = Attempt(retry)
+        self._around: Attempt | None = None
         self._scope: SessionScope[Any] | None = None
         self._conflict: BaseException | None = None
+        self._error: Exception | None = None
 
-    def begin(self, block: Block) -> None:
-        """A block was entered."""
+    @contextmanager
+    def inside(self, block: Block) -> Generator[None]:
+        """*block* was entered, and the function is called in it."""
         self._scope = scope = block.owned_scope()
-        if scope is not None:
-            self._attempt.outer = scope.current_attempt
-            scope.current_attempt = self._attempt
-
-    def look(self) -> None:
-        """The function has raised: see whether its transaction was lost by then."""
-        if self._scope is not None and self._scope.agenda is not None:
-            self._conflict = self._scope.agenda.conflict
+        if scope is None:  # the attempt is that of whoever has the transaction
+            yield
+            return
+        self._around = scope.current_attempt
+        self._attempt.outer = find_attempt() or self._around
+        scope.current_attempt = self._attempt
+        call = _Call(self._attempt)
+        try:
+            yield
+        except Exception:
+            if scope.agenda is not None:  # was the transaction lost by then?
+                self._conflict = scope.agenda.conflict
+            raise
+        finally:
+            call.leave()
 
     def delay_after(self, error: Exception) -> float | None:
         """Seconds until the next attempt; ``None`` if there is none after *error*.
@@ -217,22 +220,62 @@ class _Tries:
         if code is None:
             return None
         delay = self._attempt.delay()
-        if delay is None:
-            reason = self._attempt.why_last
-            logger.warning(
-                "%s: attempt %d of %d has lost to a conflict (%s), and was the last one: %s",
-                *(self._label, self._attempt.number, self._retry.attempts, code, reason),
-            )
-            return None
-        logger.info(
-            "%s: attempt %d of %d has lost to a conflict (%s); the next one in %.3f s",
-            *(self._label, self._attempt.number, self._retry.attempts, code, delay),
-        )
+        log_loss(self._label, self._attempt, code, delay)
+        if delay is not None:
+            self._error = error
         return delay
 
     def end(self) -> None:
         """The block was left."""
         scope, self._scope = self._scope, None
         if scope is not None:
-            scope.current_attempt = self._attempt.outer
-            self._attempt = self._attempt.following()
+            scope.current_attempt = self._around
+        if self._error is None:
+            self._attempt.finish()
+
+    def go_on(self) -> None:
+        """The pause is over: go on to the next attempt.
+
+        Raises:
+            Exception: What the last one has lost to, if something has forbidden another meanwhile.
+        """
+        error, self._error = self._error, None
+        assert error is not None
+        if self._attempt.fence is not None:
+            log_fence(self._label, self._attempt)
+            self._attempt.finish()
+            raise error
+        self._attempt = self._attempt.following()
+
+
+class _Call:
+    """One try at a call: what the context variable holds inside of it."""
+
+    databases: tuple[Database[Any], ...] = ()
+    """It has no session scope."""
+
+    is_request = False
+
+    # What only a request knows of.
+    admitted_request: AdmittedRequest | None = None
+    loop: asyncio.AbstractEventLoop | None = None
+
+    __slots__ = ("_token", "current_attempt", "is_over", "outer")
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.current_attempt = attempt
+        self.is_over = False
+        self.outer = get_innermost()
+        self._token = set_innermost(self)
+
+    def find(self, database: Database[Any]) -> None:
+        """It has none."""
+
+    def take_late_hooks(self, scope: SessionScope[Any]) -> bool:  # noqa: ARG002 - as a request
+        """Only a request has a response that they could wait for."""
+        return False
+
+    def leave(self) -> None:
+        """What is around it is the innermost again."""
+        self.is_over = True
+        reset_innermost(self._token)

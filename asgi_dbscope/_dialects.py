@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sqlite3
 from math import ceil
@@ -267,6 +268,25 @@ def undo_settings(
 def is_autocommit(connection: Connection) -> bool:
     """Whether each statement is durable by itself, so that there is no transaction."""
     return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+
+
+def ends_transaction(statement: str) -> bool:
+    """Whether *statement* commits or rolls back past SQLAlchemy, by its text.
+
+    What follows it is another transaction, or none.
+    """
+    return _ENDS_TRANSACTION.search(_NO_VERB.sub(" ", statement)) is not None
+
+
+_NO_VERB = re.compile(
+    r"""--[^\n]* | /\*.*?\*/ | '[^']*' | "[^"]*" | \$(\w*)\$.*?\$\1\$""", re.DOTALL | re.VERBOSE
+)
+"""Comments, strings, names and PostgreSQL's bodies of functions."""
+
+_ENDS_TRANSACTION = re.compile(
+    r"(?:\A|;)\s*(?:COMMIT|END|ABORT|PREPARE\s+TRANSACTION|ROLLBACK(?!(?:\s+\w+)?\s+TO\b))\b",
+    re.IGNORECASE,
+)
 
 
 def check_transactional(engine: Engine) -> None:

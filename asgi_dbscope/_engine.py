@@ -249,8 +249,8 @@ def _before_commit(connection: Connection) -> None:
         refuse_if_aborted(connection)
         scope = watched.scopes[-1]
         scope.note_commit()
-        if scope.current_attempt is not None and not (scope.use and scope.use.is_committing):
-            scope.current_attempt.forbid(COMMITTED)  # past the session, which won't hear of it
+        if not (scope.use and scope.use.is_committing):
+            scope.forbid_attempts(COMMITTED)  # past the session, which won't hear of it
 
 
 def refuse_if_aborted(connection: Connection) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import sys
 from asyncio import current_task, get_running_loop
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from sys import exception as handled_exception
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from asgi_dbscope._messages import (
 )
 from asgi_dbscope._policy import Cause, Ending
 from asgi_dbscope._scope import SessionScope
+from asgi_dbscope._text import label_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -68,6 +69,8 @@ class Served:
         admission: Where requests wait for their turn, if they have to.
 
         admitted: The one request that this is for, where requests have to wait.
+
+        admits_or_replays: Whether a request may have to wait, or be served again.
     """
 
     options: dict[Database[Any], ScopeOptions]
@@ -76,6 +79,11 @@ class Served:
     retry: Retry | None = None
     admission: Admission | None = None
     admitted: AdmittedRequest | None = None
+    admits_or_replays: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        admits_or_replays = self.admission is not None or self.retry is not None
+        object.__setattr__(self, "admits_or_replays", admits_or_replays)  # it is frozen
 
 
 class Phase(Fact):
@@ -258,12 +266,13 @@ class ResponseGate:
             responder = self._find_responder(failure)
         if responder is None:
             raise failure from failure.__cause__
+        label = label_of(self._asgi_scope)
         if isinstance(responder, Answer):
             told = f"{failure} ({note})" if (note := pool_note(failure)) else failure
-            logger.warning("%s: answered %d: %s", self.scopes[0].label, responder.status, told)
+            logger.warning("%s: answered %d: %s", label, responder.status, told)
         else:
             kind = type(failure).__name__  # what it says has line breaks and values in it
-            logger.error("%s: not committed (%s)", self.scopes[0].label, kind, exc_info=failure)
+            logger.error("%s: not committed (%s)", label, kind, exc_info=failure)
         self._failure = None
         result = await responder(self._asgi_scope, self.receive, self.send)
         if self._failure is not None:

@@ -81,8 +81,8 @@ def _take_due(scope: SessionScope[Any], *, late: bool) -> list[tuple[Hook, Outco
         due, agenda.late = agenda.late, []
     else:
         due, agenda.due = agenda.due, []
-    if due and scope.current_attempt is not None:
-        scope.current_attempt.forbid(HOOK_RAN)
+    if due:
+        scope.forbid_attempts(HOOK_RAN)
     return due
 
 

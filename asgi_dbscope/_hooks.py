@@ -122,10 +122,9 @@ def _register(hook: Hook, database: Database[Any]) -> None:
 def _call_at_once(hook: Hook, database: Database[Any], scope: SessionScope[Any] | None) -> None:
     if scope is not None:
         scope.check_open()
-        if scope.current_attempt is not None:
-            scope.current_attempt.forbid(HOOK_RAN)
     elif hook.is_async:
         _check_loop(hook)
+    _current.forbid_attempts(HOOK_RAN, None if scope is None else scope.current_attempt)
     try:
         if database.is_sync:
             with database.hook_scope():

@@ -17,6 +17,7 @@ from asgi_dbscope._admission import KEY, Admission, AdmittedRequest
 from asgi_dbscope._current import get_innermost, open_around, reset_innermost, set_innermost
 from asgi_dbscope._database import Database
 from asgi_dbscope._gate import ResponseGate, Served
+from asgi_dbscope._inside import find_hider, has_retry_inside
 from asgi_dbscope._messages import type_of
 from asgi_dbscope._policy import commit_unless_error
 from asgi_dbscope._replay import serve, serve_once
@@ -113,6 +114,7 @@ class DBSessionMiddleware:
             raise ConfigurationError(msg)
         self.app = app
         self.databases = _check_databases(engine, database, databases)
+        self.retry = retry
         changes: dict[str, Any] = {
             "commit_policy": commit_policy,
             "stream": stream,
@@ -135,9 +137,11 @@ class DBSessionMiddleware:
         )
         self._is_excluded = _check_exclude(exclude)
         self._has_warned = False
-        hider = _find_hider(app)
+        hider = find_hider(app)
         if hider is not None:
             self._warn_of_hider(hider)
+        if retry is None and has_retry_inside(app, DBSessionMiddleware):
+            _warn_of_retry_inside()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> Any:
         """Serve one ASGI scope; what the app returns is returned."""
@@ -150,12 +154,7 @@ class DBSessionMiddleware:
             served = _unserved(served)
             if not served.options:  # a second instance for the same databases
                 return await self.app(scope, receive, send)
-        admits_or_replays = (
-            served.admission is not None
-            or served.retry is not None
-            or endpoint_retries.max_body is not None
-        )
-        if admits_or_replays:
+        if served.admits_or_replays or endpoint_retries.max_body is not None:
             return await self._serve_otherwise(served, scope, receive, send)
         scope[KEY] = True
         outer = get_innermost()
@@ -255,6 +254,16 @@ class DBSessionMiddleware:
             "outside: in Starlette and FastAPI add it after DBSessionMiddleware."
         )
         warnings.warn(msg, stacklevel=3)
+
+
+def _warn_of_retry_inside() -> None:
+    """Warn of a retry that nobody will ask for."""
+    msg = (
+        "A DBSessionMiddleware with a retry is inside of one without: only the outermost one can "
+        "serve a request again, for the work of its own session would be lost with the attempt. "
+        "Give the retry to the outer one; or name all databases in one: databases=[first, second]."
+    )
+    warnings.warn(msg, stacklevel=3)
 
 
 _END_OF_LIFE = frozenset(
@@ -359,22 +368,3 @@ def _check_exclude(exclude: Exclude | None) -> Callable[[Scope], bool] | None:
         return isinstance(path, str) and (path in paths or path.startswith(prefixes))
 
     return is_excluded
-
-
-def _find_hider(app: object) -> type | None:
-    """The first ``BaseHTTPMiddleware`` inside, as far as the app has been put together."""
-    while app is not None:
-        planned = [getattr(each, "cls", None) for each in getattr(app, "user_middleware", ())]
-        for cls in (type(app), *planned):
-            if isinstance(cls, type) and _is_base_http_middleware(cls):
-                return cls
-        app = getattr(app, "app", None)
-    return None
-
-
-def _is_base_http_middleware(cls: type) -> bool:
-    # By name, so that Starlette need not be installed.
-    return any(
-        each.__name__ == "BaseHTTPMiddleware" and each.__module__ == "starlette.middleware.base"
-        for each in cls.__mro__
-    )

@@ -7,34 +7,41 @@ by an error out of ``send``, as after a COMMIT that failed.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from copy import copy
 from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
 from sys import exception as handled_exception
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from asgi_dbscope._answers import Answer, mark
 from asgi_dbscope._completion import redeliver
-from asgi_dbscope._current import get_innermost, open_around, reset_innermost, set_innermost
+from asgi_dbscope._current import (
+    find_attempt,
+    get_innermost,
+    open_around,
+    reset_innermost,
+    set_innermost,
+)
 from asgi_dbscope._dialects import find_conflict
 from asgi_dbscope._gate import Phase, ResponseGate, find_base_http_middleware
 from asgi_dbscope._messages import type_of
 from asgi_dbscope._policy import Cause
+from asgi_dbscope._recording import Reader, Recording
 from asgi_dbscope._retry import (
     BODY_TOO_LARGE,
     CLIENT_LEFT,
-    HOOK_RAN,
     SENT,
     Attempt,
     endpoint_retries,
+    log_fence,
+    log_loss,
 )
+from asgi_dbscope._snapshot import ScopeSnapshot
+from asgi_dbscope._text import label_of
 from asgi_dbscope.errors import ReplayedError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
 
     from asgi_dbscope._asgi import AnyASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._current import ScopeHolder
@@ -52,36 +59,29 @@ async def serve(app: AnyASGIApp, served: Served, scope: Scope, receive: Receive,
     """
     outer = open_around(get_innermost())
     recording = Recording(receive, _most_bytes(served.retry))
-    attempt = Attempt(served.retry, None if outer is None else outer.current_attempt)
-    snapshot, current = _copied(scope), scope
+    attempt = Attempt(served.retry, find_attempt())
+    snapshot = ScopeSnapshot(scope)
     try:
         while True:
-            hand_back = partial(_hand_back, scope, current)
-            gate = AttemptGate(served, outer, current, recording, send, attempt, hand_back)
-            result = await serve_once(app, gate, current)
+            gate = AttemptGate(served, outer, recording, send, attempt, snapshot)
+            result = await serve_once(app, gate, snapshot.current)
             if gate.delay is None:
                 return result
             lost = gate.lost
             assert lost is not None
+            gate.reader.is_lost = True
             has_left = await recording.client_leaves(gate.delay)
             if has_left:
                 logger.info("%s: the client has left before the next attempt", lost.label)
                 raise lost.error
-            attempt, current = attempt.following(), _copied(snapshot)
+            if attempt.fence is not None:
+                log_fence(lost.label, attempt)
+                return await gate.answer_after_all()
+            attempt = attempt.following()
+            snapshot.renew()
     finally:
-        _hand_back(scope, current)
-
-
-def _hand_back(scope: Scope, current: Scope) -> None:
-    """Let *scope* be as the attempt has it whose own is *current*.
-
-    For those around us who look at what the app put there: when the head goes out (a session's
-    cookie is made then), or when the app has returned.
-    """
-    if current is not scope:
-        for name in scope.keys() - current.keys():
-            del scope[name]
-        scope.update(current)
+        attempt.finish()
+        snapshot.hand_back()
 
 
 async def serve_once(app: AnyASGIApp, gate: ResponseGate, scope: Scope) -> Any:
@@ -103,93 +103,6 @@ def _most_bytes(retry: Retry | None) -> int:
     """How much of a body is kept before it is known which endpoint the request is for."""
     own = 0 if retry is None else retry.max_body
     return max(own, endpoint_retries.max_body or 0)
-
-
-def _copied(scope: Scope) -> Scope:
-    """A copy of *scope* in which an app can put things without the other copies' having them.
-
-    What the values of ``scope["state"]`` share with the whole app they go on sharing.
-    """
-    return {
-        name: copy(cast("Any", value)) if isinstance(value, (dict, list)) else value
-        for name, value in scope.items()
-    }
-
-
-class Recording:
-    """What the server tells of a request, kept for another attempt.
-
-    Attributes:
-        messages: What the request's body has come in so far.
-
-        size: How many bytes of it that was.
-
-        has_left: Whether the client has left.
-
-        is_complete: Whether the end of the body has come.
-    """
-
-    __slots__ = ("_limit", "_receive", "has_left", "is_complete", "is_over", "messages", "size")
-
-    def __init__(self, receive: Receive, limit: int) -> None:
-        self._receive = receive
-        self._limit = limit
-        self.messages: list[Message] = []
-        self.size = 0
-        self.has_left = False
-        self.is_complete = False
-        self.is_over = False
-        """Whether nothing is kept any more."""
-
-    async def fetch(self) -> Message:
-        """The server's next message."""
-        message = await self._receive()
-        kind = type_of(message)
-        if kind == "http.disconnect":
-            self.has_left = True
-        elif kind == "http.request" and not self.is_over:
-            self._keep(message)
-        return message
-
-    def _keep(self, message: Message) -> None:
-        kept = dict(message)
-        content = kept.get("body")
-        if isinstance(content, (bytes, bytearray, memoryview)):  # else the app is to object to it
-            content = bytes(cast("bytes", content))  # who sent it may use its memory again
-            kept["body"] = content
-            self.size += len(content)
-        self.messages.append(kept)
-        self.is_complete = not kept.get("more_body", False)
-
-    def stop_if_full(self) -> None:
-        """Keep nothing any more of a body that is too long."""
-        if self.size > self._limit:
-            self.stop()
-
-    def stop(self) -> None:
-        """Keep nothing any more."""
-        self.is_over = True
-        self.messages = []
-
-    async def client_leaves(self, delay: float) -> bool:
-        """Wait for *delay* seconds; ``True`` as soon as the client leaves.
-
-        Whoever waits for a client's leaving reads what it sends before that.
-        """
-        try:
-            async with asyncio.timeout(delay):
-                while self.size <= self._limit:
-                    if self.has_left:
-                        return True
-                    is_over = self.is_complete
-                    await self.fetch()
-                    if is_over and not self.has_left:
-                        break  # it says nothing new, and may do so for ever
-                    await asyncio.sleep(0)  # nor does one that never waits hold up the clock
-                await asyncio.sleep(delay)
-        except TimeoutError:
-            pass
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,36 +129,38 @@ class AttemptGate(ResponseGate):
         lost: The conflict that it has lost to.
 
         delay: Seconds until the next attempt; ``None`` if there is none.
+
+        reader: What it is told by the server.
     """
 
     __slots__ = (
         "_attempt",
-        "_hand_back",
-        "_position",
         "_recording",
         "_server_send",
+        "_snapshot",
         "delay",
         "lost",
+        "reader",
     )
 
     def __init__(  # noqa: PLR0917 - as its base
         self,
         served: Served,
         outer: ScopeHolder | None,
-        asgi_scope: Scope,
         recording: Recording,
         send: Send,
         attempt: Attempt,
-        hand_back: Callable[[], None],
+        snapshot: ScopeSnapshot,
     ) -> None:
-        super().__init__(served, outer, asgi_scope, self._read, self._send_first)
-        self._hand_back = hand_back
-        self._recording = recording
-        self._position = 0
-        self._server_send = send
+        super().__init__(served, outer, snapshot.current, self._read, self._send_first)
         self._attempt = attempt
+        self._recording = recording
+        self._server_send = send
+        self._snapshot = snapshot
+        self.reader = Reader(recording)
         self.lost: Lost | None = None
         self.delay: float | None = None
+        self._look_at_client()
 
     @property
     def current_attempt(self) -> Attempt:
@@ -256,13 +171,7 @@ class AttemptGate(ResponseGate):
 
     async def _read(self) -> Message:
         """The next message: one that was kept, or a new one."""
-        recording = self._recording
-        if self._position < len(recording.messages):
-            self._position += 1
-            return dict(recording.messages[self._position - 1])
-        message = await recording.fetch()
-        recording.stop_if_full()
-        self._position = len(recording.messages)
+        message = await self.reader.read()
         self._look_at_client()
         return message
 
@@ -278,10 +187,10 @@ class AttemptGate(ResponseGate):
     async def _send_first(self, message: Message) -> None:
         """Pass on what may be the first message; after it there is no other attempt."""
         if type_of(message) != "http.response.debug":  # is for test clients, which take a second
-            self._attempt.forbid(SENT)
-            self._recording.stop()
+            self._attempt.end(SENT)
+            self.reader.forget()
             self._raw_send = self._server_send
-            self._hand_back()
+            self._snapshot.hand_back()
         await self._server_send(message)
 
     # ---------------------------------------------------------------- conflicts
@@ -333,32 +242,21 @@ class AttemptGate(ResponseGate):
         code = None if retry is None else find_conflict(error, retry.classes)
         if retry is None or code is None or self.lost is not None:
             return
-        self.lost = Lost(code, error, self.scopes[0].label)
+        self.lost = Lost(code, error, label_of(self._asgi_scope))
         self._look_at_client()
-        if self.late_scopes:  # a hook waits for the response to tell of this rollback
-            attempt.forbid(HOOK_RAN)
         self.delay = attempt.delay()
         if self._is_loser:
             mark(error, Answer(HTTPStatus.SERVICE_UNAVAILABLE, retry.retry_after))
-        if self.delay is not None:
-            logger.info(
-                "%s: attempt %d of %d has lost to a conflict (%s); the next one in %.3f s",
-                *(self.lost.label, attempt.number, retry.attempts, code, self.delay),
-            )
-        else:
-            logger.warning(
-                "%s: attempt %d of %d has lost to a conflict (%s), and was the last one: %s",
-                *(self.lost.label, attempt.number, retry.attempts, code),
-                attempt.why_last,
-            )
+        log_loss(self.lost.label, attempt, code, self.delay)
 
     def _look_at_client(self) -> None:
         """See whether the client lets the request be replayed."""
         attempt, recording = self._attempt, self._recording
+        attempt.body_size = recording.size
         if recording.has_left:
-            attempt.forbid(CLIENT_LEFT)
-        elif attempt.retry is not None and recording.size > attempt.retry.max_body:
-            attempt.forbid(BODY_TOO_LARGE)
+            attempt.end(CLIENT_LEFT)
+        elif recording.is_full:
+            attempt.end(BODY_TOO_LARGE)
 
     def _unwind(self) -> None:
         """End the app's part in an attempt that another one follows.
@@ -396,10 +294,19 @@ class AttemptGate(ResponseGate):
                     redeliver(await self._close(Cause.RAISED))
                     self._failure = self._failure or self.lost.error
                     return None
-                self.delay = None  # what the app did while it was unwound forbids it
+                if self.delay is not None:  # what the app did while it was unwound forbids it
+                    log_fence(self.lost.label, self._attempt)
+                    self.delay = None
                 if self._is_loser or self._failure is not None:
                     self._failure = self.lost.error
         return await super().finish(result, error)
+
+    async def answer_after_all(self) -> Any:
+        """Answer as the last attempt, which it was not to be when it ended."""
+        assert self.lost is not None
+        self.delay = None
+        self._failure = self.lost.error
+        return await super().finish(None, None)
 
     def _answers_failure(self, message: Message) -> bool:
         return self.delay is None and super()._answers_failure(message)

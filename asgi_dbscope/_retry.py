@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from dataclasses import KW_ONLY, dataclass
 from math import ceil, inf
@@ -12,6 +13,9 @@ from asgi_dbscope.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import ClassVar
+
+logger = logging.getLogger("asgi_dbscope")
 
 COMMITTED = "a transaction was committed"
 AUTOCOMMITTED = "statements in mode 'autocommit' are durable"
@@ -123,6 +127,28 @@ def _check_classes(also: Any) -> tuple[type[Exception], ...]:
     return classes
 
 
+class _Series:
+    """What all attempts at the same work share.
+
+    Attributes:
+        begun_at: When the first one began, by :func:`time.monotonic`.
+
+        body_size: How many bytes of a request's body have come.
+
+        fence: Why no other one may follow, as soon as there is a reason.
+
+        is_over: Whether the work is done, or given up.
+    """
+
+    __slots__ = ("begun_at", "body_size", "fence", "is_over")
+
+    def __init__(self) -> None:
+        self.begun_at = monotonic()
+        self.body_size = 0
+        self.fence: str | None = None
+        self.is_over = False
+
+
 class Attempt:
     """One attempt at a request, or at a call of a decorated function.
 
@@ -132,24 +158,54 @@ class Attempt:
         retry: Whether and how another one follows; ``None`` where nobody asked for that.
 
         outer: The attempt that this one is a part of.
-
-        fence: Why no other one may follow, as soon as there is a reason.
     """
 
-    __slots__ = ("_begun_at", "fence", "number", "outer", "retry")
+    were_made: ClassVar[bool] = False
+    """Whether this process has made any: where it hasn't, nothing has to be looked for."""
+
+    __slots__ = ("_series", "number", "outer", "retry")
 
     def __init__(self, retry: Retry | None, outer: Attempt | None = None) -> None:
+        Attempt.were_made = True
         self.number = 1
         self.retry = retry
         self.outer = outer
-        self.fence: str | None = None
-        self._begun_at = monotonic()
+        self._series = _Series()
+
+    @property
+    def fence(self) -> str | None:
+        """Why no other one may follow, as soon as there is a reason.
+
+        It is that of all of them: what is left of one that has lost (a task) forbids it, too.
+        """
+        if self._series.fence is None and self._is_body_too_large:
+            return BODY_TOO_LARGE
+        return self._series.fence
 
     @property
     def is_last(self) -> bool:
-        """Whether no other attempt can follow."""
+        """Whether no other attempt at this can follow."""
         retry = self.retry
         return retry is None or self.fence is not None or self.number >= retry.attempts
+
+    @property
+    def body_size(self) -> int:
+        """How many bytes of a request's body have come so far."""
+        return self._series.body_size
+
+    @body_size.setter
+    def body_size(self, size: int) -> None:
+        self._series.body_size = size
+
+    @property
+    def _is_body_too_large(self) -> bool:
+        """Whether the body is longer than the retry allows, which an endpoint may still change."""
+        return self.retry is not None and self._series.body_size > self.retry.max_body
+
+    @property
+    def is_last_of_all(self) -> bool:
+        """Whether no other attempt can follow, neither at this nor at what it is a part of."""
+        return self.is_last and (self.outer is None or self.outer.is_last_of_all)
 
     @property
     def why_last(self) -> str:
@@ -159,10 +215,14 @@ class Attempt:
         return "no attempt is left" if self.is_last else "max_elapsed is over"
 
     def forbid(self, reason: str) -> None:
-        """Let no other attempt follow, neither of this nor of what it is a part of."""
-        self.fence = self.fence or reason
+        """Let no other attempt follow, neither at this nor at what it is a part of."""
+        self.end(reason)
         if self.outer is not None:
             self.outer.forbid(reason)
+
+    def end(self, reason: str) -> None:
+        """Let no other attempt at this follow; what it is a part of has nothing to do with it."""
+        self._series.fence = self._series.fence or reason
 
     def delay(self) -> float | None:
         """Seconds until the next attempt; ``None`` where there is none."""
@@ -170,15 +230,50 @@ class Attempt:
         if retry is None or self.is_last:
             return None
         delay = retry.delay_after(self.number)
-        is_late = monotonic() + delay > self._begun_at + retry.max_elapsed
+        is_late = monotonic() + delay > self._series.begun_at + retry.max_elapsed
         return None if is_late else delay
+
+    def finish(self) -> None:
+        """The work is done, or given up: nothing is a part of it any more."""
+        self._series.is_over = True
+
+    @property
+    def alive(self) -> Attempt | None:
+        """This one, or the next one around it whose work is not over yet."""
+        if not self._series.is_over:
+            return self
+        return None if self.outer is None else self.outer.alive
 
     def following(self) -> Attempt:
         """The next one."""
         following = Attempt(self.retry, self.outer)
         following.number = self.number + 1
-        following._begun_at = self._begun_at
+        following._series = self._series
         return following
+
+
+def log_loss(label: str, attempt: Attempt, code: str, delay: float | None) -> None:
+    """Tell the log that *attempt* at what is called *label* has lost, and what follows."""
+    assert attempt.retry is not None
+    of = (label, attempt.number, attempt.retry.attempts, code)
+    if delay is None:
+        logger.warning(
+            "%s: attempt %d of %d has lost to a conflict (%s), and was the last one: %s",
+            *of,
+            attempt.why_last,
+        )
+    else:
+        logger.info(
+            "%s: attempt %d of %d has lost to a conflict (%s); the next one in %.3f s", *of, delay
+        )
+
+
+def log_fence(label: str, attempt: Attempt) -> None:
+    """Tell the log that a fence came between *attempt*, which has lost, and the next one."""
+    logger.warning(
+        "%s: attempt %d has lost, and was the last one after all: %s",
+        *(label, attempt.number, attempt.fence),
+    )
 
 
 class EndpointRetries:

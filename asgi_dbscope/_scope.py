@@ -13,7 +13,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from asgi_dbscope import _dialects
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._completion import redeliver, run_to_completion
-from asgi_dbscope._current import is_of_another_task, open_around
+from asgi_dbscope._current import (
+    find_attempt,
+    forbid_attempts,
+    is_of_another_task,
+    open_around,
+)
 from asgi_dbscope._doubt import lose_answer
 from asgi_dbscope._driver import end_transaction, throw_away
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
@@ -28,7 +33,7 @@ from asgi_dbscope._lifecycle import (
 )
 from asgi_dbscope._options import SHAPES_TRANSACTION, ScopeOptions
 from asgi_dbscope._policy import Cause, Ending, decide_ending
-from asgi_dbscope._retry import AUTOCOMMITTED, COMMITTED, IN_DOUBT
+from asgi_dbscope._retry import AUTOCOMMITTED, COMMITTED, HOOK_RAN, IN_DOUBT, Attempt
 from asgi_dbscope._task_use import IdleTaskUse, TaskUse
 from asgi_dbscope._text import label_of, one_line
 from asgi_dbscope._thread_use import IdleThreadUse, ThreadUse
@@ -54,7 +59,6 @@ if TYPE_CHECKING:
     from asgi_dbscope._current import ScopeHolder
     from asgi_dbscope._database import Database
     from asgi_dbscope._gate import ResponseGate
-    from asgi_dbscope._retry import Attempt
     from asgi_dbscope._transaction_status import Transaction
     from asgi_dbscope._use import SessionUse
     from asgi_dbscope._watch import TransactionWatch
@@ -113,7 +117,8 @@ class SessionScope(Lifecycle, Generic[S]):
 
         demands: The options that such a block has named.
 
-        current_attempt: What is known of the attempts, where work is done again after a conflict.
+        current_attempt: The attempt that it was opened in, or that its transaction is, where work
+            is done again after a conflict.
     """
 
     # What few scopes have costs the others nothing: a default of the class.
@@ -269,14 +274,21 @@ class SessionScope(Lifecycle, Generic[S]):
         return self.boundaries[-1].label if self.boundaries else self._name
 
     @property
+    def _attempt_here(self) -> Attempt | None:
+        """The attempt that whoever asks is a part of: also where the scope was opened before it."""
+        return find_attempt() or self.current_attempt
+
+    @property
     def attempt(self) -> int:
         """Which attempt this is at what a ``retry`` may do again; the first one is 1."""
-        return 1 if self.current_attempt is None else self.current_attempt.number
+        attempt = self._attempt_here
+        return 1 if attempt is None else attempt.number
 
     @property
     def is_last_attempt(self) -> bool:
         """Whether no other attempt can follow, whatever happens."""
-        return self.current_attempt is None or self.current_attempt.is_last
+        attempt = self._attempt_here
+        return attempt is None or attempt.is_last_of_all
 
     def fence(self, reason: str) -> None:
         """Say that something was done that must not be done twice: no other attempt follows.
@@ -286,8 +298,11 @@ class SessionScope(Lifecycle, Generic[S]):
         Args:
             reason: What, for the log: ``"sent an e-mail"``.
         """
-        if self.current_attempt is not None:
-            self.current_attempt.forbid(one_line(reason))
+        self.forbid_attempts(one_line(reason))
+
+    def forbid_attempts(self, reason: str) -> None:
+        """Let nothing be done again that this is a part of, by its scope or by who does it."""
+        forbid_attempts(reason, self.current_attempt)
 
     def __repr__(self) -> str:
         return f"<SessionScope {self.state.name} {self.label}>"
@@ -396,10 +411,10 @@ class SessionScope(Lifecycle, Generic[S]):
     def advance(self, event: Event) -> State:
         """Take note of *event*, with a line in the debug log."""
         before = super().advance(event)
+        if Attempt.were_made:
+            self._fence_after(event)
         if self.agenda is not None and event in OUTCOMES:
             self._end_agenda(self.agenda, OUTCOMES[event])
-        if self.current_attempt is not None:
-            self._fence_after(event, self.current_attempt)
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before
@@ -462,7 +477,10 @@ class SessionScope(Lifecycle, Generic[S]):
     def _end_agenda(self, agenda: Agenda, outcome: Outcome) -> None:
         """Let hooks be due; those that wait for a response too go to the request, in their turn."""
         agenda.end(outcome)
-        if not agenda.late or agenda.is_handed_over:
+        if not agenda.late:
+            return
+        self.forbid_attempts(HOOK_RAN)  # nothing keeps them from it any more
+        if agenda.is_handed_over:
             return
         holder: ScopeHolder | None = self.gate or self.outer
         while holder is not None and not agenda.is_handed_over:
@@ -502,14 +520,20 @@ class SessionScope(Lifecycle, Generic[S]):
         if _dialects.find_conflict(error) is not None:
             self._agenda().add_conflict(error, self.savepoint)
 
-    def _fence_after(self, event: Event, attempt: Attempt) -> None:
+    def _fence_after(self, event: Event) -> None:
         """What is durable must not be done twice."""
         if event is Event.COMMITTED:
-            attempt.forbid(COMMITTED)
+            self.forbid_attempts(COMMITTED)
         elif event is Event.ANSWER_LOST:
-            attempt.forbid(IN_DOUBT)
-        elif event is Event.ROLLED_BACK and self.shape.mode == "autocommit":
-            attempt.forbid(AUTOCOMMITTED)
+            self.forbid_attempts(IN_DOUBT)
+        elif event is Event.BEGUN and self.is_autocommitting:
+            self.forbid_attempts(AUTOCOMMITTED)
+
+    @property
+    def is_autocommitting(self) -> bool:
+        """Whether each statement is durable by itself."""
+        is_begun_by_hand = self.use is not None and self.use.is_begun_by_hand
+        return self.shape.mode == "autocommit" and not is_begun_by_hand
 
     def _agenda(self) -> Agenda:
         if self.agenda is None:

@@ -23,7 +23,9 @@ from asgi_dbscope._checkout import is_exhausted, note_pool, pool_note
 from asgi_dbscope._connection import REPORTED, check_time, is_read, real_error, report_use
 from asgi_dbscope._doubt import lose_answer, settle_doubt
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
+from asgi_dbscope._fences import fence_connection, fence_write
 from asgi_dbscope._lifecycle import OPEN, Event, Outcome
+from asgi_dbscope._retry import Attempt
 from asgi_dbscope._transaction_status import find_transaction
 from asgi_dbscope._watch import SLACK, watch_transaction
 from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError, PoolExhaustedError
@@ -133,6 +135,8 @@ def _connecting(connection: Callable[..., Any]) -> Callable[..., Any]:
             _dialects.begin(found)
             guard_commit(found)
             report_use(found)
+            if Attempt.were_made:
+                fence_connection(self.use.scope, found)
         return found
 
     return connecting
@@ -259,7 +263,10 @@ def _reporting(
             return method(self, *args, **kwargs)
         user = use.enter()
         try:
-            use.has_written = use.has_written or writes
+            if writes:
+                use.has_written = True
+                if Attempt.were_made:
+                    fence_write(use.scope)
             return method(self, *args, **kwargs)
         except REPORTED as error:
             check_time(use, error)
@@ -282,6 +289,8 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
         try:
             if not is_read(statement):
                 use.has_written = True
+                if Attempt.were_made:
+                    fence_write(use.scope, statement)
                 if use.scope.database.begins_late and not _is_outside(statement):
                     self.begin_on_database()
             return method(self, statement, *args, **kwargs)
@@ -457,6 +466,8 @@ def _after_flush(session: Any, context: Any) -> None:
     if use is None:
         return
     use.has_written = True
+    if Attempt.were_made:
+        fence_write(use.scope)
     if use.has_several_users:
         # What another task changed while this one was flushing is forgotten when the flush ends.
         changed = session.identity_map._modified  # noqa: SLF001 - session.dirty has those it flushed

@@ -6,6 +6,8 @@ import logging
 
 import pytest
 import sqlalchemy as sa
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 
 from asgi_dbscope import (
     ConfigurationError,
@@ -18,7 +20,7 @@ from asgi_dbscope import (
     session_options,
 )
 from asgi_dbscope.testing import inject_conflicts
-from tests.fix_asgi import http_scope, respond
+from tests.fix_asgi import respond
 from tests.fix_database import Item
 
 AT_ONCE = Retry(attempts=3, base=0)
@@ -439,141 +441,6 @@ async def test_errors_of_ones_own_may_be_conflicts(db, drive):
     assert 200 == exchange.status
 
 
-async def test_each_attempt_has_a_session_and_a_scope_of_its_own(db, drive):
-    """G16: nothing of an attempt that lost is found in the next one, nor in its ASGI scope."""
-    asgi_scopes, sessions, found, new = [], [], [], []
-    scope = http_scope(state={"shared": []}, extensions={"x": {}})
-
-    async def app(scope, receive, send):
-        asgi_scopes.append(scope)
-        sessions.append(db.session)
-        new.append(list(db.session.new))
-        found.append((scope["state"].keys(), scope["headers"], scope.get("mine"), scope["path"]))
-        scope["state"]["user"] = "me"
-        scope["state"]["shared"].append(1)
-        scope["headers"].append((b"x-mine", b"1"))
-        scope["extensions"]["mine"] = {}
-        scope["mine"] = len(sessions)
-        scope["path"] = "/rewritten"
-        db.session.add(Item(id=1))
-        await respond(send)
-
-    headers = list(scope["headers"])
-    with inject_conflicts(db, times=1):
-        exchange = await drive(DBSessionMiddleware(app, database=db, retry=AT_ONCE), scope)
-
-    first, second = asgi_scopes
-    assert 200 == exchange.status
-    assert first is scope
-    assert second is not scope
-    assert sessions[0] is not sessions[1]
-    assert [[], []] == new
-    assert ({"shared"}, [*headers, (b"x-mine", b"1")]) == ({"shared"}, second["headers"])
-    assert (2, "/rewritten") == (scope["mine"], scope["path"])  # for who looks at it afterwards
-    assert [1, 1] == scope["state"]["shared"]
-    assert [(None, "/")] * 2 == [each[2:] for each in found]
-    assert "asgi_dbscope" not in scope
-
-
-async def test_middleware_around_ours_sees_the_attempt_that_won(db, drive):
-    """G16, G18: a cookie that is made when the head goes out holds what that attempt wrote."""
-    seen = []
-
-    async def app(scope, receive, send):
-        scope["session"]["attempt"] = current_scope().attempt
-        if current_scope().attempt == 1:
-            scope["session"]["is_lost"] = scope["lost"] = True
-        db.session.add(Item(id=1))
-        await respond(send)
-
-    inner = DBSessionMiddleware(app, database=db, retry=AT_ONCE)
-
-    async def outer(scope, receive, send):
-        async def look(message):
-            seen.append((dict(scope["session"]), "lost" in scope))
-            await send(message)
-
-        await inner(scope, receive, look)
-
-    with inject_conflicts(db, times=1):
-        await drive(outer, http_scope(session={}))
-
-    assert [({"attempt": 2}, False)] * 2 == seen
-
-
-@pytest.mark.parametrize("more_body", [False, True])
-async def test_server_that_always_has_a_message_is_no_endless_wait(db, drive, more_body):
-    """G16: a `receive` that never waits, as tests have it, doesn't keep the next attempt away."""
-    sent = []
-    calls = 0
-
-    async def receive():
-        nonlocal calls
-        calls += 1
-        assert 100_000 > calls
-        return {"type": "http.request", "body": b"", "more_body": more_body}
-
-    async def send(message):
-        sent.append(message)
-
-    async def app(scope, receive, send):
-        await receive()
-        db.session.add(Item(id=1))
-        await respond(send)
-
-    retry = Retry(base=0.01)
-    with inject_conflicts(db, times=1):
-        await DBSessionMiddleware(app, database=db, retry=retry)(http_scope(), receive, send)
-
-    assert [200, None] == [each.get("status") for each in sent]
-
-
-async def test_body_that_is_none_is_the_apps_to_object_to(db, drive):
-    """G16, G18: what a server shouldn't send reaches each attempt as it is."""
-    received = []
-
-    async def app(scope, receive, send):
-        received.append(await receive())
-        db.session.add(Item(id=1))
-        await respond(send)
-
-    message = {"type": "http.request", "body": "text"}
-    with inject_conflicts(db, times=1):
-        wrapped = DBSessionMiddleware(app, database=db, retry=AT_ONCE)
-        exchange = await drive(wrapped, received=[message])
-
-    assert 200 == exchange.status
-    assert [message] * 2 == received
-
-
-async def test_body_is_given_to_each_attempt(db, drive, rows):
-    """G16: a body that came in pieces is read anew, whether it was read as a whole or not."""
-    bodies = []
-    pieces = [
-        {"type": "http.request", "body": b"one", "more_body": True},
-        {"type": "http.request", "body": bytearray(b"two"), "more_body": True},
-        {"type": "http.request", "body": b"three", "more_body": False},
-    ]
-
-    async def app(scope, receive, send):
-        attempt = current_scope().attempt
-        received = []
-        for _ in range(attempt):  # more of it each time
-            message = await receive()
-            received.append(message["body"])
-            message["body"] = b"changed by the app"
-        bodies.append(received)
-        db.session.add(Item(id=1))
-        await respond(send)
-
-    with inject_conflicts(db, times=2):
-        app = DBSessionMiddleware(app, database=db, retry=AT_ONCE)
-        exchange = await drive(app, received=pieces)
-
-    assert 200 == exchange.status
-    assert [[b"one"], [b"one", b"two"], [b"one", b"two", b"three"]] == bodies
-
-
 async def test_error_out_of_send_says_that_the_request_is_replayed(db, drive):
     """G16: what unwinds the app says so, is caused by the conflict, and can't be answered."""
     seen = []
@@ -755,6 +622,21 @@ async def test_instance_for_another_database_leaves_the_replay_to_the_outer_one(
     assert [(1, 1), (2, 2)] == attempts
     assert 200 == exchange.status
     assert [1] == await rows()
+
+
+def test_retry_that_nobody_would_ask_for_is_warned_of(engine):
+    """G16: an instance inside of another one leaves the replay to it, so that needs the retry."""
+    first, second = Database(engine, name="first"), Database(engine, name="second")
+    inner = DBSessionMiddleware(respond, database=second, retry=AT_ONCE)
+    planned = Starlette(
+        middleware=[Middleware(DBSessionMiddleware, database=second, retry=AT_ONCE)]
+    )
+
+    for app in (inner, planned):
+        with pytest.warns(UserWarning, match="only the outermost one can serve a request again"):
+            DBSessionMiddleware(app, database=first)
+    DBSessionMiddleware(inner, database=first, retry=AT_ONCE)
+    DBSessionMiddleware(DBSessionMiddleware(respond, database=second), database=first)
 
 
 async def test_no_attempt_begins_after_max_elapsed(db, drive, caplog):

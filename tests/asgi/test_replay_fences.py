@@ -247,6 +247,24 @@ async def failed_autocommit(db):
             raise LookupError
 
 
+async def autocommit_connection(db):
+    """A statement on a connection in autocommit."""
+    options = {"isolation_level": "AUTOCOMMIT"}
+    await db.session.connection(execution_options=options)
+    await db.session.execute(sa.insert(Item).values(id=7))
+    await db.session.commit()
+
+
+async def failed_autocommit_connection(db):
+    """The same, in a scope that failed."""
+    with contextlib.suppress(LookupError):
+        async with db.session_scope() as session:
+            options = {"isolation_level": "AUTOCOMMIT"}
+            connection = await session.connection(execution_options=options)
+            await connection.execute(sa.insert(Item).values(id=7))
+            raise LookupError
+
+
 @pytest.mark.parametrize(
     "commit",
     [
@@ -257,6 +275,8 @@ async def failed_autocommit(db):
         requires_new,
         branch,
         failed_autocommit,
+        autocommit_connection,
+        failed_autocommit_connection,
     ],
 )
 async def test_what_is_durable_is_not_done_twice(commit, db, drive, rows, caplog):
@@ -282,6 +302,38 @@ async def test_what_is_durable_is_not_done_twice(commit, db, drive, rows, caplog
         "statements in mode 'autocommit' are durable",
     }
     assert [7] == await rows()
+
+
+async def by_session(session, statement):
+    """Execute on the session."""
+    await session.execute(sa.text(statement))
+
+
+async def by_connection(session, statement):
+    """Execute on the session's connection."""
+    connection = await session.connection()
+    await connection.exec_driver_sql(statement)
+
+
+@pytest.mark.parametrize("execute", [by_session, by_connection])
+@pytest.mark.parametrize(
+    ("statement", "is_replayed"), [("commit", False), ("SELECT 'commit'", True)]
+)
+async def test_commit_in_plain_sql_is_not_done_twice(execute, statement, is_replayed, db, drive):
+    """G16: a COMMIT by its text is seen where the text goes through the session's connection."""
+    attempts = []
+
+    async def app(scope, receive, send):
+        attempts.append(current_scope().attempt)
+        await execute(db.session, "/* this */ " + statement)
+        await execute(db.session, "UPDATE item SET note = 'lost'")
+        await respond(send)
+
+    with inject_conflicts(db, at="UPDATE"):
+        exchange = await drive(DBSessionMiddleware(app, database=db, retry=AT_ONCE))
+
+    assert ([1, 2] if is_replayed else [1]) == attempts
+    assert is_replayed is (exchange.status == 200)
 
 
 async def test_mode_autocommit_is_not_replayed(engine, drive, rows, caplog):
@@ -438,6 +490,27 @@ async def test_effect_while_the_app_is_unwound_forbids_the_replay(db, drive, cap
     assert [1] == attempts
     assert isinstance(exchange.error, sa.exc.DBAPIError)
     assert [] == exchange.messages
+
+
+async def test_hook_registered_while_the_app_is_unwound_forbids_the_replay(db, drive, rows, caplog):
+    """G16: such a hook is told of the rollback, though it waits for the response."""
+    attempts: list[int] = []
+    told: list[int] = []
+
+    async def app(scope, receive, send):
+        attempts.append(current_scope().attempt)
+        try:
+            await lose(db, send)
+        finally:
+            db.on_rollback(told.append, attempts[-1], when="after_response")
+
+    with inject_conflicts(db):
+        exchange = await drive(DBSessionMiddleware(app, database=db, retry=AT_ONCE))
+
+    assert ([1], [1]) == (attempts, told)
+    assert isinstance(exchange.error, sa.exc.DBAPIError)
+    assert "and was the last one after all: a hook ran" in caplog.text
+    assert [] == await rows()
 
 
 @pytest.mark.parametrize("answers", [True, False])

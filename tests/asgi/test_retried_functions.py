@@ -301,46 +301,6 @@ async def test_block_of_its_own_is_made_again_inside_of_a_request(db, drive, row
     assert [1] == await rows()
 
 
-@pytest.mark.parametrize("at", ["commit", "UPDATE"])
-async def test_commit_inside_of_a_call_forbids_another(at, db, rows, caplog):
-    """G16: what a call has committed is not done twice."""
-
-    @db.session_scope(retry=AT_ONCE)
-    async def place():
-        async with db.session_scope() as session:
-            await session.execute(insert(7))
-        with inject_conflicts(db, at=at):
-            await db.session.execute(sa.update(Item).values(note="lost"))
-            await db.session.commit()
-
-    with pytest.raises(sa.exc.DBAPIError):
-        await place()
-
-    assert "and was the last one: a transaction was committed" in caplog.text
-    assert [7] == await rows()
-
-
-async def test_fence_and_hooks_forbid_another_call(db, caplog):
-    """G16: the fences of a request are those of a function."""
-
-    @db.transactional(retry=AT_ONCE)
-    async def fenced():
-        current_scope().fence("sent an e-mail")
-        await db.session.execute(insert())
-
-    @db.transactional(retry=AT_ONCE)
-    async def hooked():
-        db.on_rollback(print)
-        await db.session.execute(insert())
-
-    for place in (fenced, hooked):
-        with inject_conflicts(db), pytest.raises(sa.exc.DBAPIError):
-            await place()
-
-    assert "the last one: sent an e-mail" in caplog.text
-    assert "the last one: a hook ran" in caplog.text
-
-
 async def test_with_statement_is_refused(db, sync_db):
     """G16: a `with` block can't be run twice, and says so when it is entered."""
     message = "can't be run a second time. Make a function of it"

@@ -8,7 +8,7 @@ import litestar
 import pytest
 import sqlalchemy as sa
 from fastapi import Depends, FastAPI, HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from litestar import Litestar, post
 from litestar.middleware import DefineMiddleware
 from pydantic import BaseModel
@@ -211,6 +211,52 @@ async def test_fastapi_catch_all_handler_inside_may_see_why_it_is_unwound(db, dr
     assert [ReplayedError, ReplayedError] == [type(each) for each in handled]
     assert 201 == exchange.status
     assert [7] == await rows()
+
+
+async def test_fastapi_stream_of_the_body_is_sent_by_the_attempt_that_won(db, drive):
+    """G16, G18: an endpoint that echoes what it reads, piece by piece, does so in a replay."""
+    app = FastAPI()
+    app.add_middleware(DBSessionMiddleware, database=db, retry=AT_ONCE)
+
+    @app.post("/orders")
+    async def echo(request: Request) -> StreamingResponse:
+        await write(db, 7)
+        return StreamingResponse(request.stream())
+
+    scope, messages = posted({"number": 7})
+    scope["asgi"]["spec_version"] = "2.4"  # else Starlette reads in two places at once
+    with inject_conflicts(db):
+        exchange = await drive(app, scope, received=messages)
+
+    assert (200, b'{"number": 7}') == (exchange.status, exchange.body)
+
+
+async def test_state_that_a_base_http_middleware_outside_looks_at_is_the_winners(db, drive):
+    """G16, G18: `request.state` outside, used before the request was served, shows the replay's."""
+    seen: list[Any] = []
+
+    class Around(BaseHTTPMiddleware):
+        async def dispatch(self, request: Request, call_next: Any) -> Response:
+            request.state.request_id = "r1"
+            response: Response = await call_next(request)
+            seen.append((request.state.request_id, request.state.attempt))
+            request.state.is_late = True
+            return response
+
+    app = FastAPI()
+
+    @app.post("/orders")
+    async def place(request: Request) -> None:
+        request.state.attempt = current_scope().attempt
+        await write(db, 7)
+
+    app.add_middleware(DBSessionMiddleware, database=db, retry=AT_ONCE)
+    app.add_middleware(Around)
+    with inject_conflicts(db):
+        exchange = await post_order(drive, app)
+
+    assert 200 == exchange.status
+    assert [("r1", 2)] == seen
 
 
 @AT

@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import ConfigurationError, Retry
-from asgi_dbscope._dialects import find_conflict
+from asgi_dbscope._dialects import ends_transaction, find_conflict
 from asgi_dbscope._retry import Attempt, EndpointRetries
 
 
@@ -108,6 +108,36 @@ def test_classes_of_ones_own_are_conflicts_where_they_are_named():
     assert find_conflict(KeyError(), (ValueError,)) is None
 
 
+@pytest.mark.parametrize(
+    ("statement", "ends"),
+    [
+        ("COMMIT", True),
+        (" commit and chain", True),
+        ("end transaction", True),
+        ("ABORT", True),
+        ("PREPARE TRANSACTION 'x'", True),
+        ("-- why\n/* and\nhow */ COMMIT", True),
+        ("INSERT INTO item VALUES (1); COMMIT", True),
+        ("ROLLBACK", True),
+        ("ROLLBACK AND CHAIN", True),
+        ("ROLLBACK TO one", False),
+        ("ROLLBACK WORK TO SAVEPOINT one", False),
+        ("PREPARE one AS SELECT 1", False),
+        ("SELECT CASE WHEN true THEN 1 END", False),
+        ("CREATE TEMPORARY TABLE one (id integer) ON COMMIT DROP", False),
+        ("INSERT INTO commit VALUES ('x')", False),
+        ("/* COMMIT", False),
+        ("INSERT INTO item VALUES ('it''s; COMMIT')", False),
+        ("DO $x$ BEGIN NULL; END $x$", False),
+        ("DO $$ BEGIN NULL; END $$; COMMIT", True),
+        ("RELEASE one", False),
+    ],
+)
+def test_statements_that_end_a_transaction_are_known_by_their_text(statement, ends):
+    """G16: what a statement in plain SQL commits would be done twice."""
+    assert ends is ends_transaction(statement)
+
+
 def test_delays_grow_up_to_the_cap_and_are_random():
     """G16: full jitter: anything from nothing to twice as much each time, but the cap at most."""
     retry = Retry(base=0.1, cap=0.5)
@@ -171,6 +201,28 @@ def test_attempt_knows_whether_it_is_the_last_one():
 
     assert ("one", "one") == (inner.fence, first.fence)
     assert (True, True) == (inner.is_last, first.is_last)
+
+
+def test_last_attempt_of_a_part_is_not_the_last_of_all():
+    """G16: a call's last attempt is made again with the request that it is a part of."""
+    request = Attempt(Retry(attempts=2))
+    call = Attempt(Retry(attempts=1), request)
+
+    assert (True, False) == (call.is_last, call.is_last_of_all)
+
+    request = request.following()
+    call = Attempt(Retry(attempts=1), request)
+
+    assert (True, True) == (call.is_last, call.is_last_of_all)
+
+
+def test_fence_is_that_of_all_attempts():
+    """G16: what is left of an attempt that has lost forbids those that come after it."""
+    first = Attempt(Retry(attempts=3))
+    second = first.following()
+    first.forbid("one")
+
+    assert ("one", True) == (second.fence, second.is_last)
 
 
 def test_endpoints_are_known_by_the_largest_body():
