@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Engine, TextClause, event
 from sqlalchemy.exc import SAWarning
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import SessionTransaction, SessionTransactionOrigin
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 from sqlalchemy.util import await_only
 
 from asgi_dbscope import _dialects
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy import Connection
-    from sqlalchemy.orm import Session
 
     from asgi_dbscope._scope import SessionScope
     from asgi_dbscope._use import SessionUse
@@ -61,6 +60,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "reset": _reporting(base.reset, explains=False),
         "flush": _flushing(base.flush),
         "close": _closing(base.close),
+        "discard": _discarding(base.close),
         "commit": _committing(commit_inside, base.commit),
         "commit_inside": commit_inside,
         "rollback": _rolling_back(base.rollback),
@@ -171,6 +171,17 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
             use.is_closed = True
 
     return closing
+
+
+def _discarding(close: Callable[..., Any]) -> Callable[..., Any]:
+    is_plain = close is Session.close
+
+    def discard(self: Any) -> None:
+        """Close for good. Where nothing is in the session there is nothing to detach from it."""
+        if not is_plain or self.in_transaction() or next(iter(self), None) is not None:
+            close(self)
+
+    return discard
 
 
 def _committing(commit: Callable[..., Any], base: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,46 @@
+"""What a scope's end leaves of its session."""
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import Session
+
+from asgi_dbscope import Database, SessionScopeClosedError
+from tests.fix_database import Item
+
+
+class OwnSession(Session):
+    """A session that counts how often it was closed."""
+
+    def close(self) -> None:
+        self.info["closed"] = self.info.get("closed", 0) + 1
+        super().close()
+
+
+async def test_object_that_outlives_the_scope_is_detached(db):
+    """G9: what was loaded belongs to no session any more."""
+    async with db.session_scope() as session:
+        loaded = Item(id=1)
+        session.add(loaded)
+        await session.commit()
+
+    assert sa.inspect(loaded).detached
+
+
+async def test_session_that_nothing_is_in_is_over_with_its_scope(db):
+    """G9: an empty session refuses use after the end, as any other."""
+    async with db.session_scope() as session:
+        assert 1 == await session.scalar(sa.select(sa.literal(1)))
+
+    with pytest.raises(SessionScopeClosedError):
+        await session.scalar(sa.select(sa.literal(1)))
+
+
+async def test_close_of_a_users_own_session_class_is_called(engine):
+    """G9: a class with a `close()` of its own is closed by that, whatever is in the session."""
+    db = Database(async_sessionmaker(engine, sync_session_class=OwnSession))
+
+    async with db.session_scope() as session:
+        pass
+
+    assert 1 == session.info["closed"]
