@@ -178,7 +178,8 @@ def _discarding(close: Callable[..., Any]) -> Callable[..., Any]:
 
     def discard(self: Any) -> None:
         """Close for good. Where nothing is in the session there is nothing to detach from it."""
-        if not is_plain or self.in_transaction() or next(iter(self), None) is not None:
+        is_idle = self.use.is_free and not self.in_transaction()
+        if not (is_plain and is_idle and next(iter(self), None) is None):
             close(self)
 
     return discard
