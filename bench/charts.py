@@ -30,7 +30,7 @@ def draw(chart: Chart, titles: Mapping[str, str], directory: Path) -> list[Path]
     directory.mkdir(parents=True, exist_ok=True)
     files = []
     for theme, colours in THEMES.items():
-        style = {
+        style: Any = {
             "svg.fonttype": "none",  # text is text, in the page's reader's own font
             "svg.hashsalt": chart.name,  # the same chart is the same file
             "font.family": "sans-serif",

@@ -66,18 +66,31 @@ def write_page(
 ) -> None:
     """Write the page, and its charts beside it."""
     titles = Titles(contestants, liars(results))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page(results, measures, contestants))
+    for table in tables(results, measures):
+        for chart in table.charts:
+            draw(chart, titles.of([*chart.values]), file.parent / CHARTS)
+
+
+def tables(results: Results, measures: Sequence[Measure]) -> list[Table]:
+    """All of them."""
+    found = ((each, results.found(each.name)) for each in measures)
+    return [table for measure, units in found if units for table in measure.tables(units)]
+
+
+def page(results: Results, measures: Sequence[Measure], contestants: Sequence[Contestant]) -> str:
+    """The page."""
+    titles = Titles(contestants, liars(results))
     parts = [HEAD, ABOUT_TARGETS, _table(["", *COLUMNS], [each.row(results) for each in TARGETS])]
     if titles.liars:
         parts.append(f"{LIE} answers 200 to a request whose COMMIT fails.\n")
     for measure in measures:
-        found = results.found(measure.name)
-        if found:
+        if results.found(measure.name):
             parts.append(f"## {measure.title}\n\n{measure.about}\n")
-            for table in measure.tables(found):
-                parts += _render(table, titles, file.parent / CHARTS)
-    parts += _where(results, contestants)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("\n".join(parts))
+            for table in tables(results, [measure]):
+                parts += _render(table, titles)
+    return "\n".join(parts + _where(results, contestants))
 
 
 class Titles:
@@ -101,16 +114,13 @@ class Titles:
         return f"{contestant.title}{kind}{f' {LIE}' if name in self.liars else ''}"
 
 
-def _render(table: Table, titles: Titles, charts: Path) -> list[str]:
+def _render(table: Table, titles: Titles) -> list[str]:
     named = titles.of([*table.rows])
     rows = [[_stressed(name, named[name]), *cells] for name, cells in table.rows.items()]
     parts = [f"### {table.title}\n", _table(["", *table.columns], rows)]
     if table.note:
         parts.append(f"{table.note}\n")
-    for chart in table.charts:
-        draw(chart, titles.of([*chart.values]), charts)
-        parts.append(image(chart, CHARTS))
-    return parts
+    return [*parts, *(image(chart, CHARTS) for chart in table.charts)]
 
 
 def _stressed(name: str, title: str) -> str:

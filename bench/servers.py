@@ -67,7 +67,7 @@ class Server:
         self.name = contestant.name
         self.port = 0
         order = {"name": contestant.name, "setup": dataclasses.asdict(setup)}
-        self._command = [python, "-P", SERVE, json.dumps(order)]
+        self._command: list[str | Path] = [python, "-P", SERVE, json.dumps(order)]
 
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile()

@@ -41,7 +41,7 @@ async def late_holds(server: Server, route: str, times: int) -> float:
         if not answer.is_complete:
             raise server.failure(f"/{route} gave {answer.status}")
     client.leave()
-    holds = (await server.idle_state(watch="off"))["holds"]
+    holds: list[dict[str, float]] = (await server.idle_state(watch="off"))["holds"]
     if times != len(holds):
         raise server.failure(f"{len(holds)} of {times} requests were seen")
     return statistics.median(each["held after the head"] for each in holds)

@@ -50,7 +50,7 @@ class Throughput:
         frameworks = [group for group in GROUPS if group != "asgi"]
         return [
             *self._units(bench, ["asgi"], [*ROUTES], 5),
-            *self._units(bench, frameworks, ["select"], 3),
+            *self._units(bench, frameworks, ["select"], 2),
         ]
 
     def _units(
@@ -115,7 +115,8 @@ def _by_hand(contestants: Mapping[str, Json]) -> Json:
 
 def ratio(ours: Sequence[Json], theirs: Sequence[Json]) -> float:
     """Of the CPU times of the turns of one round: the median."""
-    return statistics.median(a["cpu"] / b["cpu"] for a, b in zip(ours, theirs, strict=True))
+    ratios: list[float] = [a["cpu"] / b["cpu"] for a, b in zip(ours, theirs, strict=True)]
+    return statistics.median(ratios)
 
 
 def _routes(contestants: Mapping[str, Json]) -> list[str]:
