@@ -1,6 +1,12 @@
 """Plugins by subject; there are no fixtures here."""
 
+import sys
+from pathlib import Path
+
 from hypothesis import HealthCheck, settings
+
+# The benchmarks are in the checkout; the package comes from where it is installed.
+sys.path.append(str(Path(__file__).parents[1]))
 
 pytest_plugins = [
     "tests.fix_postgres",
