@@ -288,7 +288,9 @@ class ResponseGate:
                 # body (background tasks) starts afresh. Unless its last message was on its way.
                 if self._phase is Phase.BODY:
                     self._phase = Phase.BACKGROUND
-                    self.late_streamer = self._streamer
+                    streamer = self._streamer
+                    if streamer is not None and streamer is not current_task():  # it isn't told
+                        self.late_streamer = streamer
                     for scope in self.scopes:
                         await scope.abandon_body()
         return message
@@ -303,7 +305,7 @@ class ResponseGate:
             if kind == "http.response.body" and self._phase is _BODY and not self._has_trailers:
                 if not message.get("more_body"):
                     self._phase = _BACKGROUND
-                elif self.scopes:
+                elif self.loop is not None:
                     self._streamer = current_task()
             elif (
                 kind == "http.response.start"
@@ -311,6 +313,8 @@ class ResponseGate:
                 and "trailers" not in message
             ):
                 self._phase = _BODY
+                if self.scopes:
+                    self._streamer = current_task()
             else:
                 self._note(type_of(message), message)
         except Exception:  # noqa: BLE001, S110 - whatever it is, the server knows best how to object
@@ -447,13 +451,14 @@ class ResponseGate:
 
     def _note(self, kind: str | None, message: Message) -> None:
         """Follow the response's phases."""
+        if self.scopes:
+            self._streamer = current_task()
         if self._phase is Phase.RESPONSE:
             if kind == "http.response.start":
                 self._phase = Phase.BODY
                 self._has_trailers = promises_trailers(message, self._asgi_scope)
                 self._is_body_sent = False
         elif self._phase is Phase.BODY:
-            self._streamer = current_task() if self.scopes else None
             if self._is_last(kind, message):
                 self._phase = Phase.BACKGROUND
             elif ends_body(kind, message):

@@ -27,7 +27,7 @@ def add(sync_db):
 def serve(sync_db, drive, add):
     """Serve a stream whose client leaves while its thread is on the way to its second item."""
 
-    async def serve(*, after, has_streamer):
+    async def serve(*, after, has_streamer, moment="in body"):
         has_left = threading.Event()
         is_streaming = asyncio.Event()
 
@@ -36,9 +36,13 @@ def serve(sync_db, drive, add):
             add(2)
 
         async def stream(send):
+            if moment == "after head":
+                await asyncio.to_thread(sync_db.session.get, Item, 0)
             await send(start(200))
-            await asyncio.to_thread(add, 1)
-            await send(body(b"chunk", more=True))
+            if moment == "in body":
+                await asyncio.to_thread(add, 1)
+            if moment != "after head":
+                await send(body(b"chunk", more=True))
             is_streaming.set()
             await asyncio.to_thread(go_on)
 
@@ -64,10 +68,11 @@ def serve(sync_db, drive, add):
     return serve
 
 
-@pytest.mark.parametrize("after", [[], [3], [3, 4]])
-async def test_thread_that_cannot_be_told_leaves_no_half_of_a_body(serve, sync_rows, after):
+@pytest.mark.parametrize("moment", ["after head", "in body", "before the first write"])
+@pytest.mark.parametrize("after", [[], [3, 4]])
+async def test_thread_that_cannot_be_told_leaves_no_half_of_a_body(serve, sync_rows, after, moment):
     """G7, G8: what it writes after the disconnect is rolled back, and what comes after is kept."""
-    exchange = await serve(after=after, has_streamer=True)
+    exchange = await serve(after=after, has_streamer=True, moment=moment)
 
     assert exchange.error is None
     assert after == sync_rows()
@@ -79,3 +84,23 @@ async def test_work_after_a_body_in_the_same_task_is_kept(serve, sync_rows):
 
     assert exchange.error is None
     assert [2, 3] == sync_rows()
+
+
+async def test_body_that_asks_by_itself_may_write_that_its_client_has_left(
+    sync_db, drive, add, sync_rows
+):
+    """G7, G8: the task that was told of the disconnect knows what it does."""
+
+    async def app(scope, receive, send):
+        async def stream():
+            await send(start(200))
+            await asyncio.to_thread(add, 1)
+            await send(body(b"chunk", more=True))
+            assert DISCONNECT == await receive()
+            await asyncio.to_thread(add, 2)
+
+        await asyncio.create_task(stream())
+
+    await drive(DBSessionMiddleware(app, database=sync_db), received=[DISCONNECT])
+
+    assert [2] == sync_rows()
