@@ -36,7 +36,16 @@ class Environment:
     loosened: frozenset[str] = frozenset()
 
 
-ENVIRONMENTS: dict[str, Environment] = {}
+ENVIRONMENTS: dict[str, Environment] = {
+    "peers": Environment(
+        (
+            "advanced-alchemy==1.12.0",
+            "context-async-sqlalchemy==2.1.9",
+            "fastapi-async-sqlalchemy==0.8.1",
+        )
+    ),
+    "fastapi-sqla": Environment(("fastapi-sqla==4.0.1",), frozenset({"fastapi"})),
+}
 """By name; `main` is the runner's own."""
 
 

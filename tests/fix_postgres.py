@@ -62,6 +62,9 @@ class WheelServer:
 
     Args:
         settings: What this server has otherwise than the one of the tests.
+
+    Attributes:
+        log: What it has to say, once it was started and until it is stopped.
     """
 
     def __init__(self, **settings: str) -> None:
@@ -69,6 +72,7 @@ class WheelServer:
         self._keeper: subprocess.Popen[str] | None = None
         self._url: sa.URL | None = None
         self._restart: Callable[[str], object] = str
+        self.log = Path(os.devnull)
 
     @functools.cached_property
     def programs(self) -> Path:
@@ -101,6 +105,7 @@ class WheelServer:
 
     def _start(self) -> sa.URL:
         directory = Path(tempfile.mkdtemp(prefix="dbscope-postgres-"))
+        self.log = directory / "log"
         programs = self.programs
         identity: dict[str, Any] = {}
         if os.geteuid() == 0:
@@ -122,8 +127,7 @@ class WheelServer:
         assert self._keeper.stdout is not None
         if self._keeper.stdout.readline() != "ready\n":
             self._keeper.wait()
-            log = directory / "log"
-            told = log.read_text().strip() if log.exists() else ""
+            told = self.log.read_text().strip() if self.log.exists() else ""
             self.stop()
             shutil.rmtree(directory, ignore_errors=True)
             raise PostgresUnavailable(f"PostgreSQL did not start: {told or 'it left no log'}")
@@ -132,7 +136,7 @@ class WheelServer:
             subprocess.run(
                 [
                     *(programs / "pg_ctl", "restart", "-w", "-t", "60", "-m", mode),
-                    *("-D", directory / "data", "-l", directory / "log", "-o", options),
+                    *("-D", directory / "data", "-l", self.log, "-o", options),
                 ],
                 check=True,
                 stdout=subprocess.DEVNULL,

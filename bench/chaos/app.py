@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
-from sqlalchemy import text
+from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
@@ -65,7 +65,7 @@ class Contestant:
     """
 
     app: FastAPI
-    engine: AsyncEngine
+    engine: AsyncEngine | Engine
     get_session: Callable[..., Any]
     in_body: Use = the_same
     in_background: Use = the_same
@@ -112,15 +112,11 @@ def add_transfers(contestant: Contestant) -> None:
 
     async def transfer(order: Order, session: session_type, tasks: BackgroundTasks) -> Any:
         if order.is_serializable:
-            await session.execute(text("SET TRANSACTION ISOLATION LEVEL SERIALIZABLE"))
-        await ledger.take(session, order.sender, 1)
-        if order.pause:
-            await asyncio.sleep(order.pause)
-        await ledger.take(session, order.recipient, -1)
-        await ledger.book(session, order.id, order.sender, order.recipient)
-        await finish(order, session)
+            await session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        await move(order, session)
         if order.has_receipt:
             tasks.add_task(write_receipt, session, order.id)
+        await finish(order, session)
         return {"transfer": order.id}
 
     # The request's id is in the path for the sake of the log.
@@ -128,30 +124,44 @@ def add_transfers(contestant: Contestant) -> None:
 
     @contestant.app.get("/balance")
     async def balance(session: session_type) -> int:
-        found = await session.scalar(text("SELECT sum(balance) FROM account"))
-        return int(found or 0)
+        return int(await session.scalar(ledger.SUM) or 0)
+
+
+async def move(order: Order, session: AsyncSession) -> None:
+    """A transfer's writes."""
+    await session.execute(ledger.TAKE, {"amount": 1, "id": order.sender})
+    if order.pause:
+        await asyncio.sleep(order.pause)
+    await session.execute(ledger.TAKE, {"amount": -1, "id": order.recipient})
+    session.add(ledger.Transfer(id=order.id))
+    await session.flush()
+    session.add_all(ledger.entries(order.id, order.sender, order.recipient))
+    await session.flush()
 
 
 async def finish(order: Order, session: AsyncSession) -> None:
     """What happens after a transfer's writes."""
+    refuse_or_fail(order)
     match order.then:
-        case "refuse":
-            raise HTTPException(409, "not enough money")
-        case "fail":
-            raise RuntimeError("a bug")
         case "swallow":
             with suppress(IntegrityError):  # it is there already: fine, or so this app believes
-                await session.execute(
-                    text("INSERT INTO label (name) VALUES (:name)"), {"name": ledger.LABEL}
-                )
+                await session.execute(ledger.LABEL_AGAIN)
         case "wait":
-            await session.execute(text("SELECT pg_sleep(0.05)"))
+            await session.execute(ledger.SLEEP)
         case "time out":
             try:
                 async with asyncio.timeout(0.02):
-                    await session.execute(text("SELECT pg_sleep(0.05)"))
+                    await session.execute(ledger.SLEEP)
             except TimeoutError:
                 raise HTTPException(504, "too slow") from None
+
+
+def refuse_or_fail(order: Order) -> None:
+    """The endings that touch no database."""
+    if order.then == "refuse":
+        raise HTTPException(409, "not enough money")
+    if order.then == "fail":
+        raise RuntimeError("a bug")
 
 
 def add_statements(contestant: Contestant) -> None:
@@ -168,7 +178,5 @@ def add_statements(contestant: Contestant) -> None:
 
     @contestant.app.post("/statements/{number}")
     async def statement(order: Order, session: session_type, pages: int) -> StreamingResponse:
-        await ledger.take(session, order.sender, 1)
-        await ledger.take(session, order.recipient, -1)
-        await ledger.book(session, order.id, order.sender, order.recipient)
+        await move(order, session)
         return StreamingResponse(print_pages(session, order.id, pages))

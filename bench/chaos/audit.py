@@ -10,13 +10,56 @@ from bench.chaos import ledger
 from bench.chaos.app import IN_DOUBT, OUTCOME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from bench.chaos.faults import Connection
     from bench.chaos.requests import Asked
 
 KEPT = 50
-"""How many requests of each finding are named in the results."""
+"""How many requests of each finding are named in the results; those in doubt are all."""
+
+WRITTEN = "written"
+LOST_AND_LOGGED = "lost, and logged"
+LOST_IN_SILENCE = "lost in silence"
+LOST_WITH_THE_PROCESS = "lost with the process"
+OF_NO_TRANSFER = "of no transfer"
+WRITTEN_TWICE = "written twice"
+"""What became of receipts."""
+
+WRONG = (OF_NO_TRANSFER, WRITTEN_TWICE, LOST_IN_SILENCE)
+"""Of these, what must not be."""
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a request beside the client's answer.
+
+    Attributes:
+        is_present: Whether its transfer is in the database.
+
+        pages: How many pages of its body are.
+
+        receipts: How many receipts are.
+
+        is_in_doubt: Whether the app's log says that it is: a server that ends answers a request
+            that it cancels by itself.
+
+        has_failed: Whether the app's log has an error of it.
+
+        was_killed: Whether the process may have been killed before it had ended.
+    """
+
+    is_present: bool
+    pages: int = 0
+    receipts: int = 0
+    is_in_doubt: bool = False
+    has_failed: bool = False
+    was_killed: bool = False
+
+    @property
+    def became(self) -> str:
+        """What became of its transfer."""
+        return "committed" if self.is_present else "rolled back"
 
 
 @dataclass
@@ -36,7 +79,9 @@ class Findings:
 
         halves: Transfers, bodies and balances of which only a part is there.
 
-        named: The requests behind `missing`, `present` and `halves`.
+        receipts: What became of the work after the response.
+
+        named: The requests behind them.
 
         unanswered: No head came: how many were committed, how many rolled back.
     """
@@ -48,6 +93,7 @@ class Findings:
     in_doubt: Counter[str] = field(default_factory=Counter)
     unanswered: Counter[str] = field(default_factory=Counter)
     halves: Counter[str] = field(default_factory=Counter)
+    receipts: Counter[str] = field(default_factory=Counter)
     hung: Counter[str] = field(default_factory=Counter)
     named: dict[str, list[Any]] = field(default_factory=dict)
 
@@ -56,20 +102,30 @@ class Findings:
         """How many got a success."""
         return sum(count for status, count in self.statuses.items() if 0 < status < 400)  # noqa: PLR2004
 
+    @property
+    def wrong_receipts(self) -> int:
+        """How many receipts are there that must not be, or are lost and nobody says so."""
+        return sum(self.receipts[what] for what in WRONG)
+
     def name(self, finding: str, what: object) -> None:
         """Keep what a count stands for."""
         kept = self.named.setdefault(finding, [])
-        if len(kept) < KEPT:
+        if len(kept) < KEPT or finding == IN_DOUBT:
             kept.append(what)
 
 
 async def audit(
-    connection: Connection, asked: Iterable[Asked], doubted: set[int], findings: Findings
+    connection: Connection,
+    asked: Iterable[Asked],
+    findings: Findings,
+    *,
+    in_doubt: Collection[int],
+    failed: Collection[int],
+    killed: Collection[int],
 ) -> None:
     """Compare what clients were told with what is there; nothing is under way any more.
 
-    *doubted* are the requests that the app's log says are in doubt: a server that ends answers a
-    request that it cancels by itself.
+    The last three are the requests of which that `Known` is true.
     """
     requests = list(asked)
     ids = [each.id for each in requests]
@@ -79,9 +135,21 @@ async def audit(
         "SELECT transfer_id, count(*) FROM page WHERE transfer_id = ANY(%s) GROUP BY 1",
         ids,
     )
+    receipts = await _counts(
+        connection,
+        "SELECT transfer_id, count(*) FROM receipt WHERE transfer_id = ANY(%s) GROUP BY 1",
+        ids,
+    )
     for each in requests:
-        is_doubted = each.id in doubted
-        judge(each, each.id in present, pages.get(each.id, 0), findings, is_doubted=is_doubted)
+        known = Known(
+            is_present=each.id in present,
+            pages=pages.get(each.id, 0),
+            receipts=receipts.get(each.id, 0),
+            is_in_doubt=each.id in in_doubt,
+            has_failed=each.id in failed,
+            was_killed=each.id in killed,
+        )
+        judge(each, known, findings)
     await _find_halves(connection, ids, findings)
 
 
@@ -90,12 +158,9 @@ async def _counts(connection: Connection, query: LiteralString, ids: list[int]) 
     return {row[0]: row[1] for row in await found.fetchall()}
 
 
-def judge(
-    each: Asked, is_present: bool, pages: int, findings: Findings, *, is_doubted: bool = False
-) -> None:
+def judge(each: Asked, known: Known, findings: Findings) -> None:
     """Compare what a client was told with what is there."""
     answer = each.answer
-    became = "committed" if is_present else "rolled back"
     findings.requests += 1
     findings.statuses[answer.status] += 1
     findings.hung[each.kind] += answer.is_hung
@@ -104,23 +169,52 @@ def judge(
         "kind": each.kind,
         "status": answer.status,
         "body": answer.body[:200].decode(errors="replace"),
-        "pages": pages,
+        "became": known.became,
+        "pages": known.pages,
+        "receipts": known.receipts,
     }
+    is_in_doubt = known.is_in_doubt or answer.headers.get(OUTCOME) == IN_DOUBT
+    if is_in_doubt:
+        findings.name(IN_DOUBT, what)
     if answer.status == 0:
-        findings.unanswered[became] += 1
-    elif answer.status >= 400 and (is_doubted or answer.headers.get(OUTCOME) == IN_DOUBT):  # noqa: PLR2004 - an error
-        findings.in_doubt[became] += 1
-        findings.name("in doubt", {**what, "became": became})
+        findings.unanswered[known.became] += 1
     elif answer.status < 400:  # noqa: PLR2004 - a success
-        if not is_present or (answer.is_complete and pages < each.pages):
+        if not known.is_present or (answer.is_complete and known.pages < each.pages):
             findings.missing[each.kind] += 1
             findings.name("missing", what)
-    elif is_present:
+    elif is_in_doubt:
+        findings.in_doubt[known.became] += 1
+    elif known.is_present:
         findings.present[each.kind] += 1
         findings.name("present", what)
-    if pages not in {0, each.pages}:
+    if known.pages not in {0, each.pages}:
         findings.halves["body"] += 1
         findings.name("halves", what)
+    became = judge_receipt(each, known)
+    if became is not None:
+        findings.receipts[became] += 1
+    if became not in {None, WRITTEN}:
+        findings.name(f"receipts {became}", what)
+
+
+def judge_receipt(each: Asked, known: Known) -> str | None:
+    """What became of the work after a response; `None` where there was to be none.
+
+    A receipt has a transaction of its own, which may fail; its client has the answer by then, so
+    the log has to say it. A killed process takes with it what it had still to do.
+    """
+    if known.receipts and not known.is_present:
+        return OF_NO_TRANSFER
+    if known.receipts > 1:
+        return WRITTEN_TWICE
+    if known.receipts:
+        return WRITTEN
+    was_answered = 0 < each.answer.status < 400 and each.answer.is_complete  # noqa: PLR2004
+    if not (each.has_receipt and known.is_present and was_answered):
+        return None
+    if known.has_failed:
+        return LOST_AND_LOGGED
+    return LOST_WITH_THE_PROCESS if known.was_killed else LOST_IN_SILENCE
 
 
 async def _find_halves(connection: Connection, ids: list[int], findings: Findings) -> None:

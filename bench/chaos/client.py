@@ -29,6 +29,8 @@ class Answer:
         is_hung: Whether the client gave up waiting.
 
         was_sent: Whether there was a server to send it to.
+
+        has_left: Whether the client was gone at the stage where it meant to go.
     """
 
     status: int = 0
@@ -37,6 +39,7 @@ class Answer:
     body: bytes = b""
     is_hung: bool = False
     was_sent: bool = False
+    has_left: bool = False
 
 
 class Client:
@@ -109,19 +112,25 @@ class Client:
         if leaves == "before body":
             self._writer.write(head + body[: len(body) // 2])
             await asyncio.sleep(after)
+            answer.has_left = True
             self.leave()
             return
         self._writer.write(head + body)
-        if leaves == "in handler":
-            await asyncio.sleep(after)
+        try:
+            async with asyncio.timeout(after if leaves == "in handler" else None):
+                await self._read_head(self._reader, answer)
+        except TimeoutError:
+            answer.has_left = True
             self.leave()
             return
-        await self._read_head(self._reader, answer)
-        if leaves == "after head":
+        is_stream = "chunked" in answer.headers.get("transfer-encoding", "")
+        if is_stream and leaves == "after head":
             await asyncio.sleep(after)
+            answer.has_left = True
             self.leave()
             return
         await self._read_body(self._reader, answer, is_leaving=leaves == "in body")
+        answer.has_left = is_stream and not answer.is_complete
         if answer.headers.get("connection") == "close" or not answer.is_complete:
             self.leave()
 

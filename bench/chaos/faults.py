@@ -4,44 +4,118 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
 
 from bench.chaos.app import APPLICATION_NAME
+from bench.chaos.logs import CROWD
 from tests.fix_proxy import after_commit, any_answer, any_query, before_commit
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Callable
 
     from sqlalchemy import URL
 
     from tests.fix_postgres import WheelServer
-    from tests.fix_proxy import Action, Fault, Proxy
+    from tests.fix_proxy import Fault, Place, Proxy
 
     Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 
-LONGEST_DELAY = 2.5
+LONGEST_STALL = 2.5
 """Seconds; more than the driver waits for an answer."""
 
 DEEPEST = 25
 """A fault at the n-th message is at this one at most."""
 
+TERMINATED = "terminated"
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What the proxy does to a connection.
+
+    Attributes:
+        action: What.
+
+        places: At which message; one of them is chosen.
+
+        weight: How often, in a deck.
+
+        means: In a line.
+
+        is_counted: Whether it is the n-th such message, instead of the next.
+    """
+
+    action: Literal["cut", "swallow", "delay"]
+    places: tuple[Place, ...]
+    weight: int
+    means: str
+    is_counted: bool = False
+
+
+STRIKES = {
+    "cut before COMMIT": Strike(
+        "cut", (before_commit,), 3, "the connection ends, and COMMIT never reaches the server"
+    ),
+    "cut after COMMIT": Strike(
+        "cut",
+        (after_commit,),
+        3,
+        "the connection ends after the server has committed, before it says so",
+    ),
+    "cut at a message": Strike(
+        "cut",
+        (any_query, any_answer),
+        3,
+        "the connection ends at the n-th message, to or from the server",
+        is_counted=True,
+    ),
+    "stalled before COMMIT": Strike(
+        "delay", (before_commit,), 1, f"COMMIT reaches the server up to {LONGEST_STALL} s later"
+    ),
+    "stalled after COMMIT": Strike(
+        "delay", (after_commit,), 1, f"the answer to COMMIT comes up to {LONGEST_STALL} s later"
+    ),
+    "stalled at a message": Strike(
+        "delay",
+        (any_query, any_answer),
+        1,
+        f"the n-th message, and all that follow it, come up to {LONGEST_STALL} s later",
+        is_counted=True,
+    ),
+    "swallowed before COMMIT": Strike(
+        "swallow", (before_commit,), 1, "COMMIT gets lost, and the connection stays open"
+    ),
+    "swallowed after COMMIT": Strike(
+        "swallow", (after_commit,), 1, "the answer to COMMIT gets lost; the connection stays open"
+    ),
+    "swallowed at a message": Strike(
+        "swallow",
+        (any_query, any_answer),
+        1,
+        "the n-th message gets lost with all that follow it",
+        is_counted=True,
+    ),
+}
+
+DECK = [TERMINATED] * 5 + [name for name, each in STRIKES.items() for _ in range(each.weight)]
+"""What happens, in an order that is chance's: so each of them does."""
+
+RESTARTS = ("fast", "immediate", "immediate", "fast")
+"""They take turns, not in step with the rounds."""
+
 MEANINGS = {
-    "terminated": "`pg_terminate_backend()` on one of the app's connections",
-    "cut before COMMIT": "the connection ends, and COMMIT never reaches the server",
-    "cut after COMMIT": "the connection ends after the server has committed, before it says so",
-    "cut at a message": "the connection ends at the n-th message, to or from the server",
-    "swallowed before COMMIT": "COMMIT gets lost, and the connection stays open",
-    "swallowed after COMMIT": "the answer to COMMIT gets lost, and the connection stays open",
-    "swallowed at a message": "the n-th message gets lost with all that follow it",
-    "delayed before COMMIT": f"COMMIT reaches the server up to {LONGEST_DELAY} seconds later",
-    "delayed after COMMIT": f"the answer to COMMIT comes up to {LONGEST_DELAY} seconds later",
+    TERMINATED: "`pg_terminate_backend()` on one of the app's connections",
+    **{name: each.means for name, each in STRIKES.items()},
     "restarted fast": "the server is restarted; it ends all transactions first",
     "restarted immediate": "the server is killed and recovers from its log",
+    CROWD: "no connection came free in time, as the app's log says",
     "SIGTERM": "the app's server is told to end while clients are at it",
+    "SIGKILL": "the app's server is killed while clients are at it",
 }
 
 
@@ -68,7 +142,13 @@ class Faults:
         self._proxy = proxy
         self._server = server
         self._chance = chance
-        self._swallowing = 1 if swallows else 0
+        self._deck = [
+            name
+            for name in DECK
+            if swallows or name == TERMINATED or STRIKES[name].action != "swallow"
+        ]
+        self._left: list[str] = []
+        self._restarts = itertools.cycle(RESTARTS)
         self._armed: list[tuple[str, Fault]] = []
         self._admin: Connection | None = None
 
@@ -83,8 +163,7 @@ class Faults:
                 if has_restart and loop.time() >= restart_at:
                     has_restart = False
                     await self._restart()
-                [harm] = self._chance.choices(_HARMS, _WEIGHTS)
-                await harm(self)
+                await self._do(self._draw())
         finally:
             await self.calm()
 
@@ -99,7 +178,7 @@ class Faults:
             self._admin = None
 
     async def _restart(self) -> None:
-        mode = self._chance.choice(["fast", "immediate"])
+        mode = next(self._restarts)
         await asyncio.to_thread(self._server.restart, mode)
         self.counts[f"restarted {mode}"] += 1
 
@@ -112,31 +191,25 @@ class Faults:
                 "WHERE application_name = %s ORDER BY random() LIMIT 1",
                 [APPLICATION_NAME],
             )
-            self.counts["terminated"] += len(await ended.fetchall())
+            self.counts[TERMINATED] += len(await ended.fetchall())
 
-    async def _strike_commit(self) -> None:
-        actions: list[Action] = ["cut", "swallow", "delay"]
-        [action] = self._chance.choices(actions, [6, self._swallowing, 2])
-        place, name = self._chance.choice([(before_commit, "before"), (after_commit, "after")])
-        seconds = min(self._chance.expovariate(1.5), LONGEST_DELAY)
-        fault = self._proxy.arm(action, place, seconds=seconds)
-        self._armed.append((f"{_PAST[action]} {name} COMMIT", fault))
+    def _draw(self) -> str:
+        if not self._left:
+            self._left = self._chance.sample(self._deck, len(self._deck))
+        return self._left.pop()
 
-    async def _strike_message(self) -> None:
-        actions: list[Action] = ["cut", "swallow"]
-        [action] = self._chance.choices(actions, [6, self._swallowing])
-        place = self._chance.choice([any_query, any_answer])
-        fault = self._proxy.arm(action, place, nth=self._chance.randint(1, DEEPEST))
-        self._armed.append((f"{_PAST[action]} at a message", fault))
-
-
-_PAST: dict[Action, str] = {"cut": "cut", "swallow": "swallowed", "delay": "delayed"}
-_HARMS: list[Callable[[Faults], Any]] = [
-    Faults._terminate,  # noqa: SLF001
-    Faults._strike_commit,  # noqa: SLF001
-    Faults._strike_message,  # noqa: SLF001
-]
-_WEIGHTS = [3, 5, 2]
+    async def _do(self, name: str) -> None:
+        if name == TERMINATED:
+            await self._terminate()
+            return
+        strike = STRIKES[name]
+        fault = self._proxy.arm(
+            strike.action,
+            self._chance.choice(strike.places),
+            nth=self._chance.randint(1, DEEPEST) if strike.is_counted else 1,
+            seconds=min(self._chance.expovariate(1.5), LONGEST_STALL),
+        )
+        self._armed.append((name, fault))
 
 
 async def connect(url: URL, name: str) -> Connection:

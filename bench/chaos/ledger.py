@@ -6,13 +6,8 @@ after the response writes a receipt.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sqlalchemy import BigInteger, ForeignKey, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
 
 ACCOUNTS = 2_000
 OPENING_BALANCE = 1_000_000
@@ -59,7 +54,10 @@ class Page(Base):
 
 
 class Receipt(Base):
-    """Written after the response."""
+    """Written after the response.
+
+    It doesn't refer to its transfer either: the audit asks whether that is there.
+    """
 
     __tablename__ = "receipt"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -71,18 +69,17 @@ class Label(Base):
     name: Mapped[str] = mapped_column(primary_key=True)
 
 
-async def take(session: AsyncSession, account: int, amount: int) -> None:
-    """Change a balance; its row stays locked to the end of the transaction."""
-    await session.execute(
-        text("UPDATE account SET balance = balance - :amount WHERE id = :id"),
-        {"amount": amount, "id": account},
-    )
+TAKE = text("UPDATE account SET balance = balance - :amount WHERE id = :id")
+"""Changes a balance; its row stays locked to the end of the transaction."""
+
+SUM = text("SELECT sum(balance) FROM account")
+LABEL_AGAIN = text("INSERT INTO label (name) VALUES (:name)").bindparams(name=LABEL)
+SLEEP = text("SELECT pg_sleep(0.05)")
 
 
-async def book(session: AsyncSession, transfer: int, sender: int, recipient: int) -> None:
-    """Write a transfer of 1 and its entries."""
-    session.add(Transfer(id=transfer))
-    await session.flush()
-    session.add(Entry(transfer_id=transfer, account_id=sender, amount=-1))
-    session.add(Entry(transfer_id=transfer, account_id=recipient, amount=1))
-    await session.flush()
+def entries(transfer: int, sender: int, recipient: int) -> list[Entry]:
+    """The entries of a transfer of 1."""
+    return [
+        Entry(transfer_id=transfer, account_id=sender, amount=-1),
+        Entry(transfer_id=transfer, account_id=recipient, amount=1),
+    ]

@@ -67,10 +67,10 @@ class App:
         self.versions = found.pop("versions")
         return found
 
-    async def end(self) -> bool:
-        """Send SIGTERM; whether it ended by itself."""
+    async def end(self, by: signal.Signals) -> bool:
+        """Send a signal; whether it ended by itself."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(by)
         try:
             async with asyncio.timeout(GRACE + CALM):
                 await self._process.wait()

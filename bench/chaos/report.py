@@ -5,13 +5,17 @@ from __future__ import annotations
 import platform
 from typing import TYPE_CHECKING, Any
 
+from bench.chaos.audit import LOST_AND_LOGGED, LOST_WITH_THE_PROCESS, WRITTEN, WRONG
+from bench.chaos.logs import AS_IN_DOUBT
+
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from bench.chaos.results import Results
 
 COLUMNS = (
     "",
+    "minutes",
     "requests that write",
     "faults and faulty requests",
     "acknowledged",
@@ -19,7 +23,8 @@ COLUMNS = (
     "error, yet present",
     "in doubt: committed, rolled back",
     "halves",
-    "connections, transactions, tasks left",
+    "receipts: written; lost, and logged; wrong",
+    "left: connections, transactions, tasks",
     "next 100 failed",
 )
 
@@ -28,6 +33,7 @@ def row(results: Results) -> list[str]:
     """The results in the order of `COLUMNS`."""
     findings, left = results.findings, results.left
     log = results.log
+    lost = findings.receipts[LOST_AND_LOGGED] + findings.receipts[LOST_WITH_THE_PROCESS]
     leaks = (
         left["checked out"] + log["connections collected"],
         left["idle in transaction"],
@@ -35,6 +41,7 @@ def row(results: Results) -> list[str]:
     )
     return [
         f"{results.contestant}, {results.driver}",
+        f"{results.seconds / 60:.0f}",
         f"{findings.requests:,}",
         f"{results.faulty:,}",
         f"{findings.acknowledged:,}",
@@ -42,14 +49,15 @@ def row(results: Results) -> list[str]:
         f"{findings.present.total():,}",
         f"{findings.in_doubt['committed']:,}, {findings.in_doubt['rolled back']:,}",
         f"{findings.halves.total() + results.wrong_sums:,}",
+        f"{findings.receipts[WRITTEN]:,}; {lost:,}; {findings.wrong_receipts:,}",
         ", ".join(f"{count:,}" for count in leaks),
         f"{results.next_failed:,} of {results.next_tried:,}",
     ]
 
 
-def table(rows: Iterable[list[str]]) -> str:
+def table(columns: Sequence[str], rows: Iterable[list[str]]) -> str:
     """A markdown table."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -61,21 +69,24 @@ def violations(results: Results) -> list[str]:
         "answered with an error, and present": findings.present.total(),
         "halves": findings.halves.total(),
         "sums that can't be": results.wrong_sums,
+        **{f"receipts {what}": findings.receipts[what] for what in WRONG},
         "requests without an end": findings.hung.total(),
         "of the next requests failed": results.next_failed,
         **{f"left: {name}": count for name, count in left.items()},
-        **{name: count for name, count in results.log.items() if name != "logged as in doubt"},
+        **{name: count for name, count in results.log.items() if name != AS_IN_DOUBT},
     }
     return [f"{name}: {count}" for name, count in found.items() if count]
 
 
-def as_json(results: Results, seed: int) -> dict[str, Any]:
-    """Everything, with where it was measured."""
+def as_json(results: Results, *, minutes: float, seed: int) -> dict[str, Any]:
+    """Everything, with where it was measured; *minutes* are those that it was to take."""
     return {
         **vars(results),
         "findings": vars(results.findings),
         "faulty": results.faulty,
         "violations": violations(results),
+        "row": row(results),
+        "minutes": minutes,
         "seed": seed,
         "machine": {"python": platform.python_version(), "system": platform.platform()},
     }

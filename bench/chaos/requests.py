@@ -33,12 +33,15 @@ class Asked:
         answer: What came back.
 
         pages: How many pages its body writes; 0 if it is no stream.
+
+        has_receipt: Whether a receipt is written after the response.
     """
 
     id: int
     kind: str
     answer: Answer
     pages: int = 0
+    has_receipt: bool = False
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Visitors:
 
         counts: How many of each kind.
 
+        struck: How many of them were what their kind says, as far as a client can tell.
+
         wrong_sums: Balances that a read found, and that can't be.
     """
 
@@ -64,6 +69,7 @@ class Visitors:
     ids: itertools.count[int]
     asked: list[Asked] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    struck: Counter[str] = field(default_factory=Counter)
     wrong_sums: list[int] = field(default_factory=list)
     is_over: bool = False
 
@@ -88,7 +94,9 @@ class Visitors:
         """Ask for a transfer, and keep what came of it."""
         content = {"id": next(self.ids), **self._accounts(), **options}
         answer = await client.request("POST", f"/transfers/{content['id']}", content, **how)
-        self._note(Asked(content["id"], kind, answer))
+        self._note(
+            Asked(content["id"], kind, answer, has_receipt=content.get("has_receipt", False))
+        )
         return answer
 
     async def statement(self, kind: str, client: Client, **how: Any) -> Answer:
@@ -103,7 +111,8 @@ class Visitors:
         """Read the sum of all balances, which never changes."""
         answer = await client.request("GET", "/balance")
         self.counts[kind] += answer.was_sent
-        if answer.status == 200 and answer.is_complete:  # noqa: PLR2004
+        self.struck[kind] += _succeeded(answer)
+        if _succeeded(answer):
             found = int(answer.body)
             if found != ledger.ACCOUNTS * ledger.OPENING_BALANCE:
                 self.wrong_sums.append(found)
@@ -113,6 +122,7 @@ class Visitors:
         if asked.answer.was_sent:
             self.asked.append(asked)
             self.counts[asked.kind] += 1
+            self.struck[asked.kind] += KINDS[asked.kind].has_struck(asked.answer)
 
     def _accounts(self) -> dict[str, int]:
         sender, recipient = self.chance.sample(range(ledger.ACCOUNTS), 2)
@@ -134,12 +144,18 @@ class Kind:
 
         means: In a line.
 
+        has_struck: Whether the answer shows that it was what it means to be.
+
+        logged: What a log says where it was; the app's or PostgreSQL's.
+
         is_faulty: Whether the request is a fault by itself.
     """
 
     run: Run
     weight: int
     means: str
+    has_struck: Callable[[Answer], bool] = lambda _: False
+    logged: str = ""
     is_faulty: bool = True
 
 
@@ -191,38 +207,85 @@ async def _read(visitors: Visitors, kind: str, clients: Clients) -> bool:
     return (await visitors.read(kind, clients[0])).status != 0
 
 
+def _succeeded(answer: Answer) -> bool:
+    return 0 < answer.status < 400 and answer.is_complete  # noqa: PLR2004
+
+
+def _left(answer: Answer) -> bool:
+    return answer.has_left
+
+
 KINDS: dict[str, Kind] = {
-    "transfer": Kind(_transfer(), 14, "a transfer, as it should be", is_faulty=False),
+    "transfer": Kind(_transfer(), 14, "a transfer, as it should be", _succeeded, is_faulty=False),
     "receipt": Kind(
-        _transfer(has_receipt=True), 6, "a transfer with work after the response", is_faulty=False
+        _transfer(has_receipt=True),
+        6,
+        "a transfer with work after the response",
+        _succeeded,
+        is_faulty=False,
     ),
-    "statement": Kind(_statement(), 6, "a stream that writes while it goes out", is_faulty=False),
-    "read": Kind(_read, 4, "a read of all balances, whose sum never changes", is_faulty=False),
+    "statement": Kind(
+        _statement(), 6, "a stream that writes while it goes out", _succeeded, is_faulty=False
+    ),
+    "read": Kind(
+        _read, 4, "a read of all balances, whose sum never changes", _succeeded, is_faulty=False
+    ),
     "commit refused": Kind(
-        _transfer(recipient=NOBODY), 8, "a deferred foreign key without its row: only COMMIT fails"
+        _transfer(recipient=NOBODY, has_receipt=True),
+        8,
+        "a deferred foreign key without its row: only COMMIT fails",
+        logged="ERROR: .* violates foreign key constraint",
     ),
-    "refused": Kind(_transfer(then="refuse"), 6, "an `HTTPException(409)` after the writes"),
-    "bug": Kind(_transfer(then="fail"), 4, "a `RuntimeError` after the writes"),
-    "swallowed": Kind(_transfer(then="swallow"), 6, "an SQL error that the app catches"),
+    "refused": Kind(
+        _transfer(then="refuse", has_receipt=True),
+        6,
+        "an `HTTPException(409)` after the writes",
+        lambda answer: answer.status == 409,  # noqa: PLR2004
+    ),
+    "bug": Kind(
+        _transfer(then="fail", has_receipt=True),
+        4,
+        "a `RuntimeError` after the writes",
+        logged="^RuntimeError: a bug",
+    ),
+    "swallowed": Kind(
+        _transfer(then="swallow", has_receipt=True),
+        6,
+        "an SQL error that the app catches",
+        logged='ERROR: .* unique constraint "label_pkey"',
+    ),
     "timeout": Kind(
-        _transfer(then="time out"), 5, "an `asyncio.timeout()` that ends a statement in the app"
+        _transfer(then="time out", has_receipt=True),
+        5,
+        "an `asyncio.timeout()` that ends a statement in the app",
+        lambda answer: answer.status == 504,  # noqa: PLR2004
     ),
     "deadlock": Kind(
-        _pair(crosswise=True), 5, "two transfers that lock the same accounts crosswise"
+        _pair(crosswise=True, has_receipt=True),
+        5,
+        "two transfers that lock the same accounts crosswise",
+        logged="ERROR: +deadlock detected",
     ),
     "conflict": Kind(
-        _pair(crosswise=False, is_serializable=True),
+        _pair(crosswise=False, is_serializable=True, has_receipt=True),
         5,
         "two SERIALIZABLE transactions that change the same rows",
+        logged="ERROR: +could not serialize access",
     ),
     "left before body": Kind(
-        _leaving_transfer("before body", 0.02), 6, "the client leaves before its body is sent"
+        _leaving_transfer("before body", 0.02),
+        6,
+        "the client leaves before its body is sent",
+        _left,
     ),
     "left in handler": Kind(
-        _leaving_transfer("in handler", 0.1, then="wait"), 10, "the client leaves in the handler"
+        _leaving_transfer("in handler", 0.1, then="wait", has_receipt=True),
+        10,
+        "the client leaves in the handler",
+        _left,
     ),
     "left after head": Kind(
-        _statement("after head", 0.01), 6, "the client leaves between head and body"
+        _statement("after head", 0.01), 6, "the client leaves between head and body", _left
     ),
-    "left in body": Kind(_statement("in body"), 7, "the client leaves in mid-stream"),
+    "left in body": Kind(_statement("in body"), 7, "the client leaves in mid-stream", _left),
 }

@@ -27,6 +27,8 @@ class Results:
 
         kinds: The clients' requests.
 
+        struck: How many of them were what their kind says; by the answer, or by the logs.
+
         log: What the app's log was read for, how often.
 
         left: What was left over when the app had come to rest.
@@ -46,6 +48,7 @@ class Results:
     rounds: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    struck: Counter[str] = field(default_factory=Counter)
     findings: Findings = field(default_factory=Findings)
     wrong_sums: int = 0
     log: Counter[str] = field(default_factory=Counter)

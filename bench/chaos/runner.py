@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import itertools
 import random
-import re
+import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from bench.chaos.app import APPLICATION_NAME
 from bench.chaos.audit import audit
 from bench.chaos.client import Client
 from bench.chaos.faults import Faults, connect
+from bench.chaos.logs import Told, strikes
 from bench.chaos.process import CALM, App
 from bench.chaos.requests import Visitors
 from bench.chaos.results import Results
@@ -41,19 +43,6 @@ SETTINGS = {
     "autovacuum": "on",
 }
 
-TELLTALES = {
-    "SAWarning: The garbage collector is trying": "connections collected",
-    "was never awaited": "coroutines never awaited",
-    "was destroyed but it is pending": "tasks destroyed",
-    # SQLAlchemy's own closing of a connection that gives no answer, if it is cancelled itself.
-    r"exception was never retrieved\n(?!.*_terminate_graceful_close)": "exceptions never retrieved",
-    "may or may not have been committed": "logged as in doubt",
-}
-"""What the app's log is read for."""
-
-DOUBTED = re.compile(r"s/(\d+)[: ].*may or may not have been committed")
-"""A line of that log that says of a request that it is in doubt."""
-
 IMPATIENT = frozenset({"asyncpg", "ours_all"})
 """Drivers that are told how long to wait for an answer, and who sees to it without them."""
 
@@ -73,15 +62,22 @@ class Round:
         pause: Seconds between two faults, on average.
 
         storm: Seconds.
+
+        ends_by: What the app's server is sent in the end.
     """
 
     pool_size: int
     clients: int
     pause: float
     storm: float
+    ends_by: signal.Signals = signal.SIGTERM
 
 
-ROUNDS = (Round(10, 24, 0.1, 10.0), Round(2, 200, 0.3, 8.0))
+ROUNDS = (
+    Round(10, 24, 0.1, 10.0),
+    Round(2, 200, 0.3, 8.0),
+    Round(10, 24, 0.1, 4.0, signal.SIGKILL),
+)
 """They take turns."""
 
 
@@ -123,6 +119,7 @@ class Run:
         self._logs = logs
         self._tell = tell
         self._begun = time.monotonic()
+        self._struck: Counter[str] = Counter()
 
     async def run(self) -> Results:
         """Run it."""
@@ -130,8 +127,11 @@ class Run:
         try:
             await asyncio.to_thread(_create, server)
             async with Proxy(server.url()) as proxy:
+                is_impatient = bool(IMPATIENT & {self.results.contestant, self.results.driver})
+                faults = Faults(proxy, server, self._chance, swallows=is_impatient)
+                self.results.faults = faults.counts
                 for each in itertools.cycle(ROUNDS):
-                    await self._run_round(each, server, proxy)
+                    await self._run_round(each, server, proxy, faults)
                     self.results.rounds += 1
                     self.results.seconds = time.monotonic() - self._begun
                     if self._is_over(self.results):
@@ -140,13 +140,13 @@ class Run:
             server.stop()
         raise AssertionError
 
-    async def _run_round(self, each: Round, server: WheelServer, proxy: Proxy) -> None:
+    async def _run_round(
+        self, each: Round, server: WheelServer, proxy: Proxy, faults: Faults
+    ) -> None:
         log = self._logs / f"{self.results.contestant}-{self.results.rounds}.log"
         url = proxy.url.set(drivername=f"postgresql+{self.results.driver}")
         async with App(self._python, self.results.contestant, url, each.pool_size, log) as app:
             visitors = Visitors(app.port, self._chance, self._ids)
-            is_impatient = bool(IMPATIENT & {self.results.contestant, self.results.driver})
-            faults = Faults(proxy, server, self._chance, swallows=is_impatient)
             await app.state()  # with nothing under way: what is there now is the server's own
             self.results.versions = app.versions
             self._tell(self.results, f"storm: {each.clients} clients, a pool of {each.pool_size}")
@@ -155,18 +155,24 @@ class Run:
             self._tell(self.results, "calm")
             await self._look_around(app, server)
             await self._try_next(app.port)
-            self._tell(self.results, "SIGTERM under load")
+            by = each.ends_by
+            self._tell(self.results, f"{by.name} under load")
+            before = {asked.id for asked in visitors.asked}
             visitors.is_over = False
             async with _clients(visitors, each.clients):
                 await faults.rage(
                     self._chance.uniform(0.5, 1.5), pause=each.pause, has_restart=False
                 )
-                self.results.left["servers that didn't end"] += not await app.end()
-            faults.counts["SIGTERM"] += 1
-        told = log.read_text(errors="replace")
-        await self._settle_accounts(server, visitors, faults, {*map(int, DOUBTED.findall(told))})
-        for pattern, name in TELLTALES.items():
-            self.results.log[name] += len(re.findall(pattern, told))
+                self.results.left["servers that didn't end"] += not await app.end(by)
+            faults.counts[by.name] += 1
+        await self._settle_accounts(
+            server,
+            visitors,
+            Told.read(log),
+            killed={asked.id for asked in visitors.asked} - before
+            if by == signal.SIGKILL
+            else set(),
+        )
 
     async def _look_around(self, app: App, server: WheelServer) -> None:
         """What is left over once everything should be over."""
@@ -203,7 +209,7 @@ class Run:
         client.leave()
 
     async def _settle_accounts(
-        self, server: WheelServer, visitors: Visitors, faults: Faults, doubted: set[int]
+        self, server: WheelServer, visitors: Visitors, told: Told, killed: set[int]
     ) -> None:
         """The audit of one round; its server is gone."""
         results = self.results
@@ -215,12 +221,21 @@ class Run:
                     results.left["backends of a server that is gone"] += 1
                     break
                 await asyncio.sleep(0.1)
-            await audit(connection, visitors.asked, doubted, results.findings)
+            await audit(
+                connection,
+                visitors.asked,
+                results.findings,
+                in_doubt=told.in_doubt,
+                failed=told.failed,
+                killed=killed,
+            )
         finally:
             await connection.close()
-        results.faults += faults.counts
         results.kinds += visitors.counts
         results.wrong_sums += len(visitors.wrong_sums)
+        results.log += told.telltales
+        self._struck += visitors.struck + strikes(told.text)
+        results.struck = self._struck + strikes(server.log.read_text(errors="replace"))
 
 
 @contextlib.asynccontextmanager

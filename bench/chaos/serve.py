@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import platform
 import socket
 import sys
 import traceback
@@ -24,10 +25,13 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[2]))
 
 import uvicorn
-from sqlalchemy import make_url
+from sqlalchemy import create_engine, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from bench.chaos.app import APPLICATION_NAME, GRACE, STATE, Contestant, add_endpoints
+from bench.chaos import app, sync_app
+from bench.chaos.app import APPLICATION_NAME, GRACE, STATE, Contestant
+
+log = logging.getLogger("bench.chaos")
 
 COMMAND_TIMEOUT = 1.5
 """Seconds until the driver gives up waiting for an answer."""
@@ -67,6 +71,10 @@ class Observed:
         self._under_way += 1
         try:
             return await self._app(scope, receive, send)
+        except BaseException as error:
+            # Work after the response has nobody else to tell.
+            log.error("%s ended by %s", scope.get("path"), type(error).__name__)  # noqa: TRY400 - the server shows the rest
+            raise
         finally:
             self._under_way -= 1
 
@@ -80,7 +88,10 @@ class Observed:
             "requests": self._under_way - 1,
             "checked out": self._pool.checkedout(),
             "tasks": [repr(task) for task in tasks - self._known],
-            "versions": {name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
+            "versions": {
+                **{name: importlib.metadata.version(name) for name in DISTRIBUTIONS},
+                "CPython": platform.python_version(),
+            },
         }
         body = json.dumps(state).encode()
         headers = [(b"content-length", str(len(body)).encode())]
@@ -95,7 +106,9 @@ def main() -> None:
     handler.setFormatter(OneLine("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.captureWarnings(capture=True)
-    engine = create_async_engine(
+    module = importlib.import_module(f"bench.chaos.contestants.{name}")
+    is_sync = getattr(module, "IS_SYNC", False)
+    engine = (create_engine if is_sync else create_async_engine)(
         url,
         pool_size=int(pool_size),
         max_overflow=0,
@@ -103,8 +116,8 @@ def main() -> None:
         pool_pre_ping=True,
         connect_args=CONNECT_ARGS[make_url(url).get_driver_name()],
     )
-    contestant = importlib.import_module(f"bench.chaos.contestants.{name}").make(engine)
-    add_endpoints(contestant)
+    contestant = module.make(engine)
+    (sync_app if is_sync else app).add_endpoints(contestant)
     config = uvicorn.Config(
         Observed(contestant),
         lifespan="on",

@@ -16,8 +16,9 @@ def make(
     engine: AsyncEngine,
     database_options: Mapping[str, Any] = MappingProxyType({}),
     options: Mapping[str, Any] = MappingProxyType({}),
+    lifespan: Any = None,
 ) -> Contestant:
-    """The app; *options* are the middleware's."""
+    """The app; *options* are the middleware's, the *lifespan* is that of an asynchronous engine."""
     db = Database(engine, cleanup_timeout=2.0, **database_options)
 
     def answer(scope: Any, error: BaseException) -> JSONResponse | None:  # noqa: ARG001
@@ -25,6 +26,6 @@ def make(
             return None
         return JSONResponse({"detail": "ask before you repeat it"}, 503, {OUTCOME: IN_DOUBT})
 
-    app = FastAPI(lifespan=disposing(engine))
+    app = FastAPI(lifespan=lifespan or disposing(engine))
     app.add_middleware(DBSessionMiddleware, database=db, commit_error_response=answer, **options)
     return Contestant(app, engine, db.get_session)
