@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from bench.measure import Bars
@@ -116,5 +117,5 @@ def image(chart: Chart, place: str) -> str:
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" '
         f'srcset="{place}/{chart.name}-dark.svg">'
-        f'<img src="{place}/{chart.name}-light.svg" alt="{chart.title}"></picture>\n'
+        f'<img src="{place}/{chart.name}-light.svg" alt="{escape(chart.title)}"></picture>\n'
     )

@@ -45,33 +45,33 @@ class Throughput:
 
     def units(self, bench: Bench) -> list[Unit]:
         if bench.is_quick:
-            return self._units(bench, GROUPS, ["select"], 1)
+            return self._units(bench, GROUPS, {"select": 1})
         # Without a framework in the way there is more to see.
         frameworks = [group for group in GROUPS if group != "asgi"]
         return [
-            *self._units(bench, ["asgi"], [*ROUTES], 5),
-            *self._units(bench, frameworks, ["select"], 2),
+            *self._units(bench, ["asgi"], {"none": 3, "select": 9, "insert": 5}),
+            *self._units(bench, frameworks, {"select": 2}),
         ]
 
-    def _units(
-        self, bench: Bench, groups: Sequence[str], routes: Sequence[str], rounds: int
-    ) -> list[Unit]:
+    def _units(self, bench: Bench, groups: Sequence[str], rounds: Mapping[str, int]) -> list[Unit]:
         async def measure(servers: Sequence[Server], tell: Callable[[float], None]) -> Json:
             found: dict[str, Json] = {each.name: {} for each in servers}
             turns = [
                 (server, route)
-                for route in routes
+                for number in range(max(rounds.values()))
+                for route in rounds
+                if number < rounds[route]
                 for server in servers
                 if route == "none" or ".bare" not in server.name
             ]
-            for server, route in turns:
+            for server, route in dict.fromkeys(turns):
                 await server.warm(route)
-            for done, (server, route) in enumerate(turns * rounds):
+            for done, (server, route) in enumerate(turns):
                 found[server.name].setdefault(route, []).append(await slice_of(server, route))
-                tell((done + 1) / len(turns * rounds))
+                tell((done + 1) / len(turns))
             return found
 
-        return by_group(bench, groups, rounds * len(routes) * 1.2 + 1, measure)
+        return by_group(bench, groups, sum(rounds.values()) * 1.2 + 1, measure)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         return [
