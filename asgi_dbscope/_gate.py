@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sys
 from asyncio import current_task, get_running_loop
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from sys import exception as handled_exception
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from asgi_dbscope._answers import Answer, find_answer, hides_answer
+from asgi_dbscope._answers import Answer, find_answer, says_nothing
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._checkout import pool_note
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._hook_runs import run_hooks
-from asgi_dbscope._lifecycle import Fact
+from asgi_dbscope._inside import find_base_http_middleware
+from asgi_dbscope._lifecycle import OPEN, Fact
 from asgi_dbscope._messages import (
     check_body,
     ends_body,
@@ -35,7 +36,6 @@ from asgi_dbscope._text import label_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Sequence
-    from types import FrameType
 
     from asgi_dbscope._admission import Admission, AdmittedRequest
     from asgi_dbscope._asgi import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
@@ -135,6 +135,7 @@ class ResponseGate:
         "_asgi_scope",
         "_failure",
         "_has_trailers",
+        "_held",
         "_is_body_sent",
         "_is_head_taken",
         "_lock",
@@ -326,32 +327,38 @@ class ResponseGate:
         if self._failure is not None or (self._lock is not None and self._lock.locked()):
             return False
         for scope in self.scopes:
-            if not scope.is_settled():
+            if scope.met is not None or not scope.is_settled():
                 return False
         return handled_exception() is self._outer_exception  # else it may have an answer of its own
 
     async def _settle_and_send(self, message: Message, exception: BaseException | None) -> None:
         async with self._settling():
-            if self._failure is not None and not self._answers_failure(message):
-                raise self._failure
+            failure = self._failure
+            if failure is not None:
+                if getattr(self, "_held", None) is not None:
+                    await self._release_head(message, failure)
+                elif not self._answers_failure(message):
+                    raise failure
             kind = type_of(message)
             try:
                 if self._phase is Phase.RESPONSE and kind == "http.response.start":
-                    self._check_answer(message, exception)
                     await self._settle_head(message, exception)
+                    if self._holds_back(message, self._hidden_error(exception, failure)):
+                        return
                 elif self._phase is Phase.BODY:
                     await self._settle_body(kind, message)
             except Exception as error:
                 self._failure = error
-                if self._phase is Phase.RESPONSE and "litestar_app" in self._asgi_scope:
-                    from asgi_dbscope.integrations.litestar import forget_head
-
-                    forget_head(self._asgi_scope)
+                self._forget_head()
                 raise
             before = self._phase
             self._note(kind, message)
-            after = self._phase
         # Not in its turn any more: a client that reads slowly holds up nobody but itself.
+        await self._pass_on(kind, message, before)
+
+    async def _pass_on(self, kind: str | None, message: Message, before: Phase) -> None:
+        """Send *message*; if the server refuses it, the response is where it was *before*."""
+        after = self._phase
         try:
             await self._raw_send(message)
         except Exception:  # refused; a cancellation says nothing of what has gone out
@@ -483,14 +490,43 @@ class ResponseGate:
 
     # ---------------------------------------------------------------- failures before the head
 
-    def _check_answer(self, message: Message, exception: BaseException | None) -> None:
-        """Refuse a framework's own 500 for an *exception* that has an answer of its own."""
-        if (
-            exception is not None
-            and exception is not self._outer_exception
-            and hides_answer(message, exception)
-        ):
-            raise exception
+    def _hidden_error(
+        self, exception: BaseException | None, failure: BaseException | None
+    ) -> BaseException | None:
+        """The error with an answer of its own that a 500 stands for, if it stands for one."""
+        if exception is not None and exception is not self._outer_exception:
+            candidates = [exception]
+        else:
+            candidates = [each for each in (failure, *map(_met_by, self.scopes)) if each]
+        return next((each for each in candidates if find_answer(each) is not None), None)
+
+    def _holds_back(self, message: Message, error: BaseException | None) -> bool:
+        """Whether a 500 waits for its body, which tells whether it is a framework's own."""
+        if error is None or message.get("status") != HTTPStatus.INTERNAL_SERVER_ERROR:
+            return False
+        self._failure = error
+        self._held: Message | None = message
+        return True
+
+    async def _release_head(self, message: Message, failure: BaseException) -> None:
+        """Send the 500 that was held back, if *message* after it says more than that it is one.
+
+        Raises:
+            BaseException: *failure*, which has a better answer.
+        """
+        held, self._held = self._held, None
+        if held is None or says_nothing(message, self._asgi_scope):
+            self._forget_head()
+            raise failure
+        self._failure = None
+        self._note("http.response.start", held)
+        await self._pass_on("http.response.start", held, _RESPONSE)
+
+    def _forget_head(self) -> None:
+        if self._phase is Phase.RESPONSE and "litestar_app" in self._asgi_scope:
+            from asgi_dbscope.integrations.litestar import forget_head
+
+            forget_head(self._asgi_scope)
 
     def _answers_failure(self, message: Message) -> bool:
         """Whether the app renders the failure by itself: a new head, with an error status."""
@@ -499,8 +535,6 @@ class ResponseGate:
         if type_of(message) == "http.response.start":
             status = message.get("status")
             if isinstance(status, int) and status >= 400:  # noqa: PLR2004 - an error's
-                if hides_answer(message, self._failure):
-                    return False
                 self._failure = None
                 return True
         return False
@@ -523,21 +557,9 @@ class ResponseGate:
         return find_answer(failure)
 
 
-def find_base_http_middleware() -> type | None:
-    """The class of a ``BaseHTTPMiddleware`` inside that the message being sent came through.
-
-    It runs the app in a task of its own, so that the exception behind a response can't be seen,
-    and sends the response from its ``__call__``: a frame of the coroutines that wait for this one,
-    wherever it is added: to the app, a mount or a route.
-    """
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, of CPython
-    while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            module = frame.f_globals.get("__name__")
-            middleware: object = frame.f_locals.get("self")
-            if module == "starlette.middleware.base" and hasattr(middleware, "dispatch_func"):
-                return type(middleware)
-            if module == "asgi_dbscope._middleware":
-                break  # what comes now is around us, not inside
-        frame = frame.f_back
-    return None
+def _met_by(scope: SessionScope[Any]) -> BaseException | None:
+    """The error that *scope* has met last, if nothing was begun after it."""
+    if scope.met is None or scope.expiry is not None:
+        return scope.expiry
+    error, outcome = scope.met
+    return error if scope.state not in OPEN and scope.outcome is outcome else None

@@ -1,11 +1,13 @@
-"""What is inside of a middleware, as far as the app has been put together when it is built."""
+"""What is inside of a middleware: when it is built, and where a message comes from."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from types import FrameType
 
 
 def find_hider(app: object) -> type | None:
@@ -39,3 +41,23 @@ def _is_base_http_middleware(cls: type) -> bool:
         each.__name__ == "BaseHTTPMiddleware" and each.__module__ == "starlette.middleware.base"
         for each in cls.__mro__
     )
+
+
+def find_base_http_middleware() -> type | None:
+    """The class of a ``BaseHTTPMiddleware`` inside that the message being sent came through.
+
+    It runs the app in a task of its own, so that the exception behind a response can't be seen,
+    and sends the response from its ``__call__``: a frame of the coroutines that wait for this one,
+    wherever it is added: to the app, a mount or a route.
+    """
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - documented, of CPython
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            module = frame.f_globals.get("__name__")
+            middleware: object = frame.f_locals.get("self")
+            if module == "starlette.middleware.base" and hasattr(middleware, "dispatch_func"):
+                return type(middleware)
+            if module == "asgi_dbscope._middleware":
+                break  # what comes now is around us, not inside
+        frame = frame.f_back
+    return None

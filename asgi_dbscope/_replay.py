@@ -13,7 +13,7 @@ from http import HTTPStatus
 from sys import exception as handled_exception
 from typing import TYPE_CHECKING, Any
 
-from asgi_dbscope._answers import Answer, mark
+from asgi_dbscope._answers import Answer, find_answer, mark
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._current import (
     find_attempt,
@@ -23,7 +23,8 @@ from asgi_dbscope._current import (
     set_innermost,
 )
 from asgi_dbscope._dialects import find_conflict
-from asgi_dbscope._gate import Phase, ResponseGate, find_base_http_middleware
+from asgi_dbscope._gate import Phase, ResponseGate
+from asgi_dbscope._inside import find_base_http_middleware
 from asgi_dbscope._messages import type_of
 from asgi_dbscope._policy import Cause
 from asgi_dbscope._recording import Reader, Recording
@@ -206,7 +207,14 @@ class AttemptGate(ResponseGate):
         if conflict is not None:
             self._note_loss(conflict)
             self._unwind()
-            self._check_answer(message, conflict)
+
+    def _hidden_error(
+        self, exception: BaseException | None, failure: BaseException | None
+    ) -> BaseException | None:
+        error = super()._hidden_error(exception, failure)
+        if error is None and self.lost is not None and find_answer(self.lost.error) is not None:
+            return self.lost.error
+        return error
 
     def _conflict_behind_head(
         self, message: Message, exception: BaseException | None

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._agenda import Agenda
+from asgi_dbscope._answers import find_answer
 from asgi_dbscope._completion import redeliver, run_to_completion
 from asgi_dbscope._current import (
     find_attempt,
@@ -132,6 +133,8 @@ class SessionScope(Lifecycle, Generic[S]):
     expiry: DBScopeError | None = None
     """Why its transaction was ended before its time; nothing is done with its session after."""
     demands: frozenset[str] = frozenset()
+    met: tuple[BaseException, Outcome] | None = None
+    """The last error with an HTTP answer of its own, and what had become of the scope by then."""
     holder: SessionScope[Any] | None = None
     is_rolling_back = False
     is_answer_missing = False
@@ -446,6 +449,17 @@ class SessionScope(Lifecycle, Generic[S]):
         """Say why nothing can be done any more: the transaction was ended before its time."""
         assert self.expiry is not None
         raise type(self.expiry)(*self.expiry.args)
+
+    def meet(self, error: BaseException) -> None:
+        """Remember *error* for the request, if it has an HTTP answer of its own.
+
+        Where a framework turns it into a response, it may not be seen any more.
+        """
+        scope: SessionScope[Any] = self
+        while scope.holder is not None:
+            scope = scope.holder
+        if find_answer(error) is not None:
+            scope.met = error, scope.outcome
 
     # ---------------------------------------------------------------- hooks and failures
 

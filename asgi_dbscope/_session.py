@@ -28,7 +28,12 @@ from asgi_dbscope._lifecycle import OPEN, Event, Outcome
 from asgi_dbscope._retry import Attempt
 from asgi_dbscope._transaction_status import find_transaction
 from asgi_dbscope._watch import SLACK, watch_transaction
-from asgi_dbscope.errors import ConcurrentSessionUseError, ConfigurationError, PoolExhaustedError
+from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
+    ConfigurationError,
+    OverloadedError,
+    PoolExhaustedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -352,6 +357,7 @@ def _explain(use: SessionUse, error: BaseException) -> None:
     scope = use.scope
     if isinstance(error, CancelledError):
         return
+    scope.meet(error)
     if scope.shaped_by is not None and scope.shape.read_only:
         error.add_note(
             f"asgi_dbscope: the transaction of {scope.label} was begun read-only by "
@@ -412,7 +418,11 @@ def _ask_for_admission(scope: SessionScope[Any]) -> None:
     request, use = scope.admitted_request, scope.use
     if request is None or use is None or use.is_free:
         return  # nobody has to ask, or somebody only wants to know the engine
-    await_only(request.enter(scope))
+    try:
+        await_only(request.enter(scope))
+    except OverloadedError as error:
+        scope.meet(error)
+        raise
 
 
 def _leave_autocommit(session: Session, *, nested: bool) -> None:

@@ -208,6 +208,7 @@ class TransactionWatch(ABC):
     def _forbid(self, error: TransactionTimeoutError | TransactionIdleError) -> None:
         """Let nothing be done with the session any more, nor any success be claimed."""
         self.scope.expiry = error
+        self.scope.meet(error)
         self.use.is_closed = True
         self.use.has_lost = True
 

@@ -1,18 +1,20 @@
 """Errors that have an HTTP answer of their own: 503 with Retry-After, 504."""
 
+import contextlib
 import logging
 
 import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import (
+    Database,
     DBSessionMiddleware,
     OverloadedError,
     PoolExhaustedError,
     TransactionTimeoutError,
     _answers,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, http_scope, start
 from tests.fix_database import Item
 
 PLAIN = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"21")]
@@ -77,19 +79,21 @@ async def test_plain_500_of_a_framework_is_kept_back(db, drive, rows, is_settled
 
 
 @pytest.mark.parametrize(
-    "head",
+    ("status", "make_headers", "content"),
     [
-        (500, list),
-        (500, lambda: [(b"content-type", b"application/json"), (b"content-length", b"2")]),
-        (500, lambda: iter(PLAIN)),
-        (500, lambda: [b"nothing to be understood"]),
-        (418, lambda: PLAIN),
+        (500, list, b"mine"),
+        (500, lambda: PLAIN, b"mine"),
+        (500, lambda: iter(PLAIN), b"mine"),
+        (500, lambda: [b"nothing to be understood"], b"mine"),
+        (500, list, b""),
+        (500, list, "Internal Server Error"),
+        (500, list, b"Internal Server Error" + b"." * 1000),
+        (503, list, b"Internal Server Error"),
     ],
-    ids=["bare", "json", "iterator", "malformed", "teapot"],
+    ids=["bare", "plain", "iterator", "malformed", "empty", "no bytes", "a page", "unavailable"],
 )
-async def test_head_of_the_apps_own_goes_out(db, drive, head):
-    """G14: an app that answers such an error by itself has the last word."""
-    status, make_headers = head
+async def test_answer_of_the_apps_own_goes_out(db, drive, status, make_headers, content):
+    """G14: an app that answers such an error by itself, and says something, has the last word."""
 
     async def app(scope, receive, send):
         assert db.session
@@ -97,11 +101,63 @@ async def test_head_of_the_apps_own_goes_out(db, drive, head):
             raise PoolExhaustedError("busy")
         except PoolExhaustedError:
             await send(start(status, headers=make_headers()))
-            await send(body(b"mine"))
+            await send(body(content))
 
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
-    assert (status, b"mine") == (exchange.status, exchange.body)
+    assert status == exchange.status
+    assert [content] == [each["body"] for each in exchange.messages[1:]]
+
+
+async def test_plain_500_without_a_body_is_kept_back(db, drive):
+    """G14: what is answered to HEAD, an app that stops after the head, and one that fails."""
+    ends = {"HEAD": lambda send: send(body()), "GET": lambda send: None, "POST": fail}
+
+    async def app(scope, receive, send):
+        assert db.session
+        try:
+            raise PoolExhaustedError("busy")
+        except PoolExhaustedError:
+            await send(start(500))
+            end = ends[scope["method"]](send)
+            if end is not None:
+                await end
+
+    exchanges = [
+        await drive(DBSessionMiddleware(app, database=db), http_scope(method=method))
+        for method in ends
+    ]
+
+    assert [(None, 503)] * 3 == [(each.error, each.status) for each in exchanges]
+
+
+def fail(send):
+    """Fail."""
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(("heals", "status"), [(False, 503), (True, 500)])
+async def test_error_that_the_session_met_is_known_though_nobody_sees_it(
+    db, drive, engine, heals, status
+):
+    """G14: an app that answers outside of its `except` block; unless it could go on after all."""
+    impatient = Database(engine, checkout_timeout=0.05)
+
+    async def app(scope, receive, send):
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(engine.pool.size() + engine.pool._max_overflow):
+                await stack.enter_async_context(engine.connect())
+            with contextlib.suppress(PoolExhaustedError):
+                async with impatient.session_scope() as session:
+                    await session.execute(sa.text("SELECT 1"))
+        if heals:
+            await impatient.session.execute(sa.text("SELECT 1"))
+        await send(start(500))
+        await send(body(b"Internal Server Error"))
+
+    exchange = await drive(DBSessionMiddleware(app, database=impatient))
+
+    assert (None, status) == (exchange.error, exchange.status)
 
 
 async def test_plain_500_of_another_error_goes_out(db, drive):
@@ -199,6 +255,7 @@ async def test_error_in_a_failed_commit_is_answered_over_a_plain_500(db, drive, 
             await send(start(200))
         except TransactionTimeoutError:
             await send(start(500, headers=PLAIN))
+            await send(body(b"Internal Server Error"))
 
     exchange = await drive(DBSessionMiddleware(app, database=db, commit_policy=late))
 

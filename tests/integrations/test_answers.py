@@ -1,18 +1,33 @@
 """Errors with an HTTP answer of their own, in frameworks that would answer 500."""
 
+import asyncio
+import contextlib
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
-from litestar import Litestar, get
+from litestar import Litestar, MediaType, get
+from litestar import Response as LitestarResponse
 from litestar.middleware import DefineMiddleware
+from quart import Quart
 from starlette.applications import Starlette
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from asgi_dbscope import DBScopeError, DBSessionMiddleware, PoolExhaustedError, current_session
+from asgi_dbscope import (
+    DBScopeError,
+    DBSessionMiddleware,
+    OverloadedError,
+    PoolExhaustedError,
+    Retry,
+    current_session,
+)
+from asgi_dbscope._admission import Admission
+from asgi_dbscope.testing import inject_conflicts
+from tests.fix_database import Item
 from tests.fix_frameworks import answering_disconnect
 
 UNAVAILABLE = (503, b"Service Unavailable")
@@ -87,6 +102,106 @@ async def test_base_http_middleware_inside_does_not_hide_the_error(db, install, 
     assert UNAVAILABLE == (exchange.status, exchange.body)
 
 
+# --------------------------------------------------------------------------------------
+# Frameworks that the core knows nothing of
+# --------------------------------------------------------------------------------------
+
+
+async def conflict(db: Any) -> None:
+    """Lose to a conflict."""
+    db.session.add(Item(id=1))
+    await db.session.flush()
+
+
+async def overloaded(db: Any) -> None:
+    """Get no place."""
+    await db.session.execute(sa.text("SELECT 1"))
+
+
+async def late(db: Any) -> None:
+    """Take too long."""
+    await db.session.execute(sa.text("SELECT 1"))
+    await asyncio.sleep(0.05)
+    await db.session.execute(sa.text("SELECT 1"))
+
+
+WORKS: dict[str, Any] = {"conflict": conflict, "overloaded": overloaded, "late": late}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "conflict": {"retry": Retry(1)},
+    "overloaded": {"max_concurrent": 1, "max_waiting": 0},
+    "late": {"timeout": 0.02},
+}
+
+
+def in_quart(work: Any, options: dict[str, Any], render: Any) -> Any:
+    """An app of Quart's."""
+    app = Quart(__name__)
+
+    @app.get("/")
+    async def endpoint() -> str:
+        await work(options["database"])
+        return "done"
+
+    if render:
+
+        @app.errorhandler(Exception)
+        async def answer(error: Exception) -> tuple[str, int]:
+            return "mine", 500
+
+    return DBSessionMiddleware(app, **options)
+
+
+def in_litestar_as(media_type: MediaType) -> Any:
+    """Make an app of Litestar's whose errors are of *media_type*."""
+
+    def make(work: Any, options: dict[str, Any], render: Any) -> Any:
+        @get("/", media_type=media_type)
+        async def endpoint() -> str:
+            await work(options["database"])
+            return "done"
+
+        def answer(request: Any, error: Exception) -> Any:
+            return LitestarResponse("mine", status_code=500, media_type=MediaType.TEXT)
+
+        handlers: Any = {Exception: answer} if render else {}
+        middleware = [DefineMiddleware(DBSessionMiddleware, **options)]
+        return Litestar([endpoint], middleware=middleware, exception_handlers=handlers)
+
+    return make
+
+
+MAKERS = {
+    "quart": in_quart,
+    "litestar text": in_litestar_as(MediaType.TEXT),
+    "litestar html": in_litestar_as(MediaType.HTML),
+    "litestar json": in_litestar_as(MediaType.JSON),
+}
+
+
+@pytest.mark.parametrize("renders", [False, True], ids=["plain", "rendered"])
+@pytest.mark.parametrize("name", WORKS)
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+async def test_default_answer_wins_whatever_the_500_looks_like(db, drive, make, name, renders):
+    """G14: whatever it looks like, a page that only says 500 is replaced; the app's own stays."""
+    app = answering_disconnect(make(WORKS[name], {"database": db, **OPTIONS[name]}, renders))
+    async with contextlib.AsyncExitStack() as stack:
+        if name == "conflict":
+            stack.enter_context(inject_conflicts(db, at="INSERT", times=None))
+        if name == "overloaded":
+            stack.enter_context(pytest.MonkeyPatch.context()).setattr(Admission, "enter", refuse)
+        exchange = await drive(app)
+
+    status = 504 if name == "late" else 503
+    assert exchange.error is None
+    assert (500 if renders else status) == exchange.status
+    assert renders == (exchange.body == b"mine")
+
+
+async def refuse(*_: Any) -> None:
+    """Let nobody in."""
+    raise OverloadedError("busy")
+
+
 @get("/")
 async def busy_in_litestar() -> None:
     """An endpoint that gets no connection."""
@@ -118,7 +233,6 @@ async def test_default_answer_wins_over_litestars_500(in_litestar, drive):
 
 async def test_handler_of_litestars_wins(in_litestar, drive):
     """G14: a handler that the Litestar app has registered answers instead."""
-    from litestar import Response as LitestarResponse
 
     def render_it(request: Any, error: Exception) -> Any:
         return LitestarResponse({"mine": str(error)}, status_code=500)
