@@ -10,6 +10,7 @@ from asgi_dbscope._options import session_options
 from asgi_dbscope._policy import CommitPolicy, commit_on_success, commit_unless_error
 from asgi_dbscope._poolers import pgbouncer_options
 from asgi_dbscope._propagation import Propagation
+from asgi_dbscope._reads import read_only_options
 from asgi_dbscope._retry import Retry
 from asgi_dbscope._scope import SessionScope
 from asgi_dbscope.errors import (
@@ -28,6 +29,7 @@ from asgi_dbscope.errors import (
     OverloadedError,
     PoolExhaustedError,
     PoolTooSmallError,
+    ReadOnlyError,
     ReplayedError,
     RollbackOnlyError,
     SessionScopeClosedError,
@@ -63,6 +65,7 @@ __all__ = [
     "PoolExhaustedError",
     "PoolTooSmallError",
     "Propagation",
+    "ReadOnlyError",
     "ReplayedError",
     "ResponseHead",
     "Retry",
@@ -87,6 +90,7 @@ __all__ = [
     "on_completion",
     "on_rollback",
     "pgbouncer_options",
+    "read_only_options",
     "session_options",
     "transactional",
 ]

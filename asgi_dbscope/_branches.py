@@ -148,8 +148,10 @@ class _Gathering:
         self._depth = _depth.get()
         self._scope = scope = _current.find_scope(database)
         is_held = scope is not None and not scope.is_settled()
-        capacity = database.second_connections.capacity
-        self._places = database.places.at(self._depth, capacity, is_held=is_held)
+        source = database.source_of(database.options if scope is None else scope.options)
+        self._second_connections = source.second_connections
+        capacity = self._second_connections.capacity
+        self._places = source.places.at(self._depth, capacity, is_held=is_held)
         self._own_places = asyncio.Semaphore(limit)
         self._has_failed = False
 
@@ -157,7 +159,7 @@ class _Gathering:
         """Wait for a place, and run *awaitable* in a branch."""
         _depth.set(self._depth + 1)
         async with self._own_places:
-            with self._database.second_connections.queued(self._scope):
+            with self._second_connections.queued(self._scope):
                 await self._places.acquire()
             try:
                 if self._has_failed:

@@ -19,6 +19,7 @@ from asgi_dbscope._doubt import miss_answer
 from asgi_dbscope._engine import scope_on
 from asgi_dbscope._fences import fence_write
 from asgi_dbscope._lifecycle import State
+from asgi_dbscope._reads import check_statement
 from asgi_dbscope._retry import Attempt
 
 if TYPE_CHECKING:
@@ -64,10 +65,13 @@ def _executing(method: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(method)
     def executing(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
         scope = scope_on(self)
-        if scope is not None and scope.use is not None and not is_read(statement):
-            scope.use.has_written = True
-            if Attempt.were_made:
-                fence_write(scope, statement)
+        if scope is not None and scope.use is not None:
+            if scope.shape.reads_at_once:
+                check_statement(scope, statement, kwargs.get("execution_options"))
+            if not is_read(statement):
+                scope.use.has_written = True
+                if Attempt.were_made:
+                    fence_write(scope, statement)
         result: Any = method(self, statement, *args, **kwargs)
         watch = None if scope is None else scope.watch
         if watch is not None and isinstance(result, CursorResult):

@@ -43,6 +43,7 @@ from asgi_dbscope._policy import Cause
 from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
 from asgi_dbscope._poolers import Pooler
 from asgi_dbscope._propagation import Propagation, PropagationName
+from asgi_dbscope._reads import Reads, check_reads
 from asgi_dbscope._text import told
 from asgi_dbscope._transaction_status import check_can_resolve, note_server
 from asgi_dbscope._transactional import TransactionalBlock
@@ -119,9 +120,16 @@ class Database(Generic[S]):
         idle_timeout: Seconds after which such a transaction is rolled back. The next use of the
             session, or the response, is a :class:`.TransactionIdleError`.
 
+        reads: An engine (see :func:`.read_only_options`), or a URL for one of its own, where
+            read-only scopes read in one round trip: each statement by itself, without a
+            transaction, on a connection that PostgreSQL holds read-only. It may be a replica's.
+
     Raises:
         ConfigurationError: If an argument is wrong.
     """
+
+    owned_reads: AsyncEngine | Engine | None = None
+    """The engine of its reads, if it has made that from a URL."""
 
     @overload
     def __init__(
@@ -138,6 +146,7 @@ class Database(Generic[S]):
         checkout_timeout: float | None = ...,
         idle_warning: float | None = ...,
         idle_timeout: float | None = ...,
+        reads: AsyncEngine | URL | str | None = ...,
     ) -> None: ...
 
     @overload
@@ -154,6 +163,7 @@ class Database(Generic[S]):
         checkout_timeout: float | None = ...,
         idle_warning: float | None = ...,
         idle_timeout: float | None = ...,
+        reads: Engine | URL | str | None = ...,
     ) -> None: ...
 
     @overload
@@ -170,6 +180,7 @@ class Database(Generic[S]):
         checkout_timeout: float | None = ...,
         idle_warning: float | None = ...,
         idle_timeout: float | None = ...,
+        reads: AsyncEngine | URL | str | None = ...,
     ) -> None: ...
 
     @overload
@@ -186,6 +197,7 @@ class Database(Generic[S]):
         checkout_timeout: float | None = ...,
         idle_warning: float | None = ...,
         idle_timeout: float | None = ...,
+        reads: Engine | URL | str | None = ...,
     ) -> None: ...
 
     def __init__(
@@ -202,6 +214,7 @@ class Database(Generic[S]):
         checkout_timeout: float | None = None,
         idle_warning: float | None = None,
         idle_timeout: float | None = None,
+        reads: AsyncEngine | Engine | URL | str | None = None,
     ) -> None:
         _check_name(name)
         check_choice("concurrency", concurrency, get_args(Concurrency))
@@ -211,6 +224,7 @@ class Database(Generic[S]):
             checkout_timeout=checkout_timeout,
             idle_warning=idle_warning,
             idle_timeout=idle_timeout,
+            has_reads=reads is not None,
         )
         self.idle_places: set[object] = set()
         self.concurrency = concurrency
@@ -226,8 +240,8 @@ class Database(Generic[S]):
         self.with_ = "with" if self.is_sync else "async with"
         self._shaped_engines: dict[tuple[Engine, tuple[tuple[str, Any], ...]], Engine] = {}
         bind = self.session_factory.kw.get("bind")
-        dialect = getattr(bind, "dialect", None)
-        self.begins_late = getattr(dialect, "name", None) == "sqlite"
+        self.engine = getattr(bind, "sync_engine", bind)
+        self.begins_late = getattr(getattr(bind, "dialect", None), "name", None) == "sqlite"
         self.second_connections = SecondConnections(bind)
         self.places = _branches.Places()
         self._watched_dialects: set[Dialect] = set()
@@ -237,7 +251,19 @@ class Database(Generic[S]):
             asyncio.AbstractEventLoop, dict[ThreadWork, anyio.CapacityLimiter]
         ] = WeakKeyDictionary()
         self._check_options(bind)
+        self.reads = None if reads is None else self._make_reads(bind, reads, pooler)
         _current.known.add(self)
+
+    def _make_reads(self, bind: object, reads: object, pooler: Pooler | None) -> Reads:
+        if isinstance(reads, (str, URL)):
+            reads = self.owned_reads = make_engine(reads, pooler, reads_for=self.is_sync)
+        is_bound_once = not self.session_factory.kw.get("binds")
+        engine = check_reads(bind, reads, is_bound_once=is_bound_once)
+        if self.label_transactions == "comment":
+            comment_statements(engine)
+        if self.resolve_in_doubt and not event.contains(engine, "connect", note_server):
+            event.listen(engine, "connect", note_server)
+        return Reads(engine, SecondConnections(engine, of_reads=True), _branches.Places())
 
     def _check_options(self, bind: object) -> None:
         self._check_label_transactions(bind)
@@ -587,6 +613,26 @@ class Database(Generic[S]):
             _dialects.check_transactional(engine)
             self._transactional_engine = engine
 
+    def source_of(self, options: ScopeOptions) -> Database[S] | Reads:
+        """Where the connections of a scope with *options* come from."""
+        return self.reads if self.reads is not None and options.uses_reads else self
+
+    def engine_for_reads(self, engine: Engine | Connection) -> Engine:
+        """The engine that read-only work takes in the place of *engine*.
+
+        Raises:
+            ConfigurationError: If *engine* isn't this database's own.
+        """
+        assert self.reads is not None
+        if engine is not self.engine:
+            msg = (
+                f"{self!r} has reads beside its own engine, and this session chose another one "
+                f"({told(engine)}): by binds, a get_bind() of its own, or configure(). Leave "
+                "read_only out here, or make the Database without reads."
+            )
+            raise ConfigurationError(msg)
+        return self.reads.engine
+
     def shaped_engine(self, engine: Engine, execution_options: dict[str, Any]) -> Engine:
         """The variant of *engine* with *execution_options*, made once."""
         key = (engine, tuple(execution_options.items()))
@@ -603,17 +649,17 @@ class Database(Generic[S]):
         return shaped
 
     async def dispose(self) -> None:
-        """Close the connections of an engine that this object made from a URL.
+        """Close the connections of the engines that this object made from a URL.
 
         Those that don't answer in *cleanup_timeout* seconds are dropped: no shutdown waits for
         ever.
         """
-        engine = self.owned_engine
-        if isinstance(engine, Engine):
-            with anyio.move_on_after(self.cleanup_timeout):
-                await anyio.to_thread.run_sync(engine.dispose, abandon_on_cancel=True)
-        elif engine is not None:
-            await dispose_in_time(engine, self.cleanup_timeout)
+        for engine in (self.owned_reads, self.owned_engine):
+            if isinstance(engine, Engine):
+                with anyio.move_on_after(self.cleanup_timeout):
+                    await anyio.to_thread.run_sync(engine.dispose, abandon_on_cancel=True)
+            elif engine is not None:
+                await dispose_in_time(engine, self.cleanup_timeout)
 
 
 def _check_name(name: object) -> None:

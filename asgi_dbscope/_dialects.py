@@ -71,6 +71,9 @@ SET_TRANSACTION = {
 }
 """MariaDB's statements, by isolation level and whether writes are refused; there are no others."""
 
+HELD_READ_ONLY = "default_transaction_read_only"
+"""PostgreSQL's setting for a connection that may only read; since 14 it reports each change."""
+
 CONFLICTS = frozenset({"40001", "40P01"})
 """The SQLSTATEs of a serialization failure and of a deadlock."""
 
@@ -267,7 +270,14 @@ def undo_settings(
 
 def is_autocommit(connection: Connection) -> bool:
     """Whether each statement is durable by itself, so that there is no transaction."""
-    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    level = connection.get_execution_options().get("isolation_level")
+    return (level or engine_level(connection.engine)) == "AUTOCOMMIT"
+
+
+def engine_level(engine: Engine) -> str | None:
+    """The isolation level that *engine* was made with, if it was."""
+    level = engine.get_execution_options().get("isolation_level")
+    return level or getattr(engine.dialect, "_on_connect_isolation_level", None)
 
 
 def ends_transaction(statement: str) -> bool:
@@ -295,10 +305,7 @@ def check_transactional(engine: Engine) -> None:
     Raises:
         ConfigurationError: If it is.
     """
-    level = engine.get_execution_options().get("isolation_level") or getattr(
-        engine.dialect, "_on_connect_isolation_level", None
-    )
-    if level == "AUTOCOMMIT":
+    if engine_level(engine) == "AUTOCOMMIT":
         msg = (
             f"{told(engine)} was made with isolation_level='AUTOCOMMIT': there is no transaction "
             "that could be rolled back. Say mode='autocommit', or make the engine without it."
@@ -439,6 +446,28 @@ def is_in_transaction(dbapi_connection: Any) -> bool:
     except Exception:  # noqa: BLE001 - a connection that can't say is closed or broken
         return False
     return False
+
+
+def is_held_read_only(dbapi_connection: Any) -> bool:
+    """Whether the PostgreSQL server refuses writes on this connection; no round trip.
+
+    By its setting, or because it is a replica. The driver has heard of both when they changed.
+    """
+    driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+    try:
+        if hasattr(driver, "get_settings"):  # asyncpg
+            settings = driver.get_settings()
+            is_held = settings.default_transaction_read_only == "on"
+            return is_held or bool(settings.in_hot_standby == "on")
+        status = driver.info.parameter_status  # psycopg
+        return "on" in {status(HELD_READ_ONLY), status("in_hot_standby")}
+    except Exception:  # noqa: BLE001 - a connection that can't say is closed, broken or too old
+        return False
+
+
+def is_write_refused(error: BaseException) -> bool:
+    """Whether PostgreSQL refused a write because of a read-only transaction."""
+    return _sqlstate(getattr(error, "orig", None) or error) == "25006"
 
 
 def outlives_cancellation(connection: Connection, error: BaseException) -> bool:

@@ -18,9 +18,10 @@ from sqlalchemy.engine.base import OptionEngine
 from asgi_dbscope import _dialects
 from asgi_dbscope._doubt import miss_answer
 from asgi_dbscope._lifecycle import State
+from asgi_dbscope._reads import REMEDY
 from asgi_dbscope._retry import COMMITTED
 from asgi_dbscope._text import ascii_line, told
-from asgi_dbscope.errors import TransactionAbortedError
+from asgi_dbscope.errors import ReadOnlyError, TransactionAbortedError
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect, Engine
@@ -186,7 +187,10 @@ class ShapedEngine(OptionEngine):
         connection = super().connect()
         try:
             if self.shape:
-                connection = connection.execution_options(**self.shape)
+                shape = self.shape
+                if shape.get("isolation_level", "") is None:  # known since the first connection
+                    shape = {**shape, "isolation_level": self.dialect.default_isolation_level}
+                connection = connection.execution_options(**shape)
         except BaseException:
             connection.invalidate()  # how much of it was applied is not known
             connection.close()
@@ -263,6 +267,11 @@ def refuse_if_aborted(connection: Connection) -> None:
     """
     watched: Watch = connection.__dict__[WATCH]
     error = watched.error
+    if error is not None and _dialects.is_autocommit(connection):
+        raise ReadOnlyError(
+            f"{watched.scopes[-1]!r} is read-only; the server refused a write (this error's "
+            f"__cause__), and the code caught that and went on. {REMEDY}"
+        ) from error
     if error is None and not (watched.is_handed_out and _dialects.can_ask(connection)):
         return
     try:
@@ -309,6 +318,8 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
         watched.error = error
         if _dialects.outlives_cancellation(connection, error):
             context.is_disconnect = False
+    elif scope.shape.reads_at_once and _dialects.is_write_refused(error):
+        watched.error = error
     elif _dialects.may_abort(connection, error):
         if not _dialects.is_sure(watched.error):
             watched.error = error

@@ -15,13 +15,23 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Session, sessionmaker
 
 from asgi_dbscope._poolers import Pooler, pgbouncer_options, read_url
+from asgi_dbscope._reads import read_only_options
 from asgi_dbscope._session import reporting_session_class
 from asgi_dbscope._text import masked, told
 from asgi_dbscope.errors import ConfigurationError
 
 
-def make_engine(url: URL | str, pooler: Pooler | None = None) -> AsyncEngine | Engine:
+def make_engine(
+    url: URL | str, pooler: Pooler | None = None, *, reads_for: bool | None = None
+) -> AsyncEngine | Engine:
     """An engine for *url*, by way of *pooler*: asynchronous if its driver can be.
+
+    Args:
+        url: Where to.
+
+        pooler: What stands in between.
+
+        reads_for: For the reads of a database that is synchronous, or isn't; ``None`` if for all.
 
     Its errors don't show the parameters of a statement.
 
@@ -29,11 +39,15 @@ def make_engine(url: URL | str, pooler: Pooler | None = None) -> AsyncEngine | E
         ConfigurationError: If none can be made.
     """
     parsed = read_url(url)
-    options: dict[str, Any] = {} if pooler is None else pgbouncer_options(parsed)
+    options: dict[str, Any] = {} if reads_for is None else {"isolation_level": "AUTOCOMMIT"}
+    if pooler is not None:
+        options = pgbouncer_options(parsed, **options)
+    elif reads_for is not None:  # a pooler would refuse it
+        options = read_only_options(parsed)
     options["hide_parameters"] = True
     try:
         dialect = parsed.get_dialect()
-        if dialect.get_async_dialect_cls(parsed).is_async:
+        if dialect.get_async_dialect_cls(parsed).is_async and reads_for is not True:
             return create_async_engine(parsed, **options)
         return create_engine(parsed, **options)
     except (SQLAlchemyError, ImportError) as error:

@@ -29,5 +29,5 @@ def fence_write(scope: SessionScope[Any], statement: object = None) -> None:
 
 def fence_connection(scope: SessionScope[Any], connection: Connection) -> None:
     """The user has asked for *connection*: see whether a rollback would undo what is done on it."""
-    if _dialects.is_autocommit(connection):
+    if _dialects.is_autocommit(connection) and not scope.shape.reads_at_once:
         scope.forbid_attempts(AUTOCOMMITTED)

@@ -71,6 +71,10 @@ class Served:
         admitted: The one request that this is for, where requests have to wait.
 
         admits_or_replays: Whether a request may have to wait, or be served again.
+
+        read_only: The same databases, and how to treat requests that are read-only by their method.
+
+        read_only_methods: Those methods.
     """
 
     options: dict[Database[Any], ScopeOptions]
@@ -79,6 +83,8 @@ class Served:
     retry: Retry | None = None
     admission: Admission | None = None
     admitted: AdmittedRequest | None = None
+    read_only: dict[Database[Any], ScopeOptions] | None = None
+    read_only_methods: frozenset[str] = frozenset()
     admits_or_replays: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -211,6 +217,9 @@ class ResponseGate:
             for scope in self.scopes:
                 if scope.database is database:
                     return scope
+            read_only = self.served.read_only
+            if read_only and self._asgi_scope.get("method") in self.served.read_only_methods:
+                options = read_only[database]
             scope = SessionScope(database, self.outer, options, self._asgi_scope, self)
             if self.is_over:
                 scope.close_settled()

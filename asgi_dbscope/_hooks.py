@@ -107,7 +107,7 @@ def _register(hook: Hook, database: Database[Any]) -> None:
     scope = _current.find_scope(database)
     if scope is not None and scope.is_websocket:
         scope = None
-    if scope is not None and (scope.is_in_transaction or scope.options.mode == "manual"):
+    if scope is not None and (scope.is_in_transaction or scope.options.mode != "autocommit"):
         scope.add_hook(hook)
         return
     # Outside of any transaction: what was done is durable already, and nothing can be undone.

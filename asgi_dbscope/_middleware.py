@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from asgi_dbscope._asgi import AnyASGIApp, Message, Receive, Scope, Send
     from asgi_dbscope._gate import CommitErrorResponse
+    from asgi_dbscope._options import ScopeOptions
     from asgi_dbscope._policy import CommitPolicy, Mode, Stream
     from asgi_dbscope._retry import Retry
 
@@ -81,6 +82,10 @@ class DBSessionMiddleware:
 
         waiting_timeout: Seconds that one may wait; then it is a 503.
 
+        read_only_methods: Requests with these methods are read-only, as by
+            ``session_options(read_only=True)``: ``("GET", "HEAD", "OPTIONS")``. An endpoint that
+            writes all the same says ``session_options(read_only=False)``.
+
         exclude: Paths that get no session: exact ones, prefixes (they end in ``*``), or a callable
             that is given the ASGI scope.
 
@@ -104,6 +109,7 @@ class DBSessionMiddleware:
         max_concurrent: int | None = None,
         max_waiting: int | None = None,
         waiting_timeout: float = 5.0,
+        read_only_methods: Iterable[str] = (),
         exclude: Exclude | None = None,
     ) -> None:
         if not callable(app):
@@ -128,12 +134,16 @@ class DBSessionMiddleware:
             admission = Admission(max_concurrent, max_waiting, waiting_timeout)
         if mode is not None:
             changes["mode"] = mode
+        options = {each: each.options.changed(changes) for each in self.databases}
+        read_only, methods = _check_methods(read_only_methods, options)
         self._served = Served(
-            {each: each.options.changed(changes) for each in self.databases},
+            options,
             commit_error_response,
             self._warn_of_hider,
             retry,
             admission,
+            read_only=read_only,
+            read_only_methods=methods,
         )
         self._is_excluded = _check_exclude(exclude)
         self._has_warned = False
@@ -224,7 +234,7 @@ class DBSessionMiddleware:
 
     async def _serve_lifespan(self, scope: Scope, receive: Receive, send: Send) -> Any:
         """Dispose of the engines that were made from a URL when the app ends."""
-        owners = [each for each in self.databases if each.owned_engine is not None]
+        owners = [each for each in self.databases if each.owned_engine or each.owned_reads]
         if not owners:
             return await self.app(scope, receive, send)
 
@@ -342,6 +352,26 @@ def _database_of(engine: AsyncEngine | Engine) -> Database[Any]:
     if known is None:  # a database keeps its engine alive, and so the id its own
         known = _databases[id(engine)] = Database(engine)
     return known
+
+
+def _check_methods(
+    methods: object, options: dict[Database[Any], ScopeOptions]
+) -> tuple[dict[Database[Any], ScopeOptions] | None, frozenset[str]]:
+    """How requests are treated that are read-only by their method, and which methods these are."""
+    if methods == ():
+        return None, frozenset()
+    is_list = isinstance(methods, (list, tuple, set, frozenset))
+    known = frozenset(cast("Iterable[Any]", methods)) if is_list else frozenset[Any]()
+    if not known or not all(isinstance(each, str) and each.isupper() for each in known):
+        msg = (
+            "read_only_methods takes a list of HTTP methods in capitals, such as ('GET', 'HEAD', "
+            f"'OPTIONS'); got {methods!r}."
+        )
+        raise ConfigurationError(msg)
+    for database in options:
+        database.check_shape(None, read_only=True)
+    read_only = {each: it.changed({"read_only": True}) for each, it in options.items()}
+    return read_only, known
 
 
 def _check_exclude(exclude: Exclude | None) -> Callable[[Scope], bool] | None:

@@ -46,6 +46,18 @@ class ScopeOptions:
 
         is_admitted: Whether a request has to ask before it takes its first connection.
 
+        has_reads: Whether the database has an engine for what is read-only.
+
+        is_in_block: Whether they are those of a transactional block, which is a transaction.
+
+        uses_reads: Whether it is that engine which is used.
+
+        reads_at_once: Whether each statement is a round trip and no more: without a transaction.
+
+        is_transaction: Whether all that is done belongs to one transaction.
+
+        is_autocommit: Whether each statement stands for itself.
+
         shapes_nothing: Whether a transaction begins just as the engine does it.
 
         is_timed: Whether it matters when a transaction began.
@@ -67,25 +79,21 @@ class ScopeOptions:
     idle_warning: float | None = None
     idle_timeout: float | None = None
     is_admitted: bool = False
+    has_reads: bool = False
+    is_in_block: bool = False
+    uses_reads: bool = field(init=False, compare=False, repr=False, default=False)
+    reads_at_once: bool = field(init=False, compare=False, repr=False, default=False)
+    is_transaction: bool = field(init=False, compare=False, repr=False, default=True)
+    is_autocommit: bool = field(init=False, compare=False, repr=False, default=False)
     shapes_nothing: bool = field(init=False, compare=False, repr=False, default=True)
     is_timed: bool = field(init=False, compare=False, repr=False, default=False)
     watches_idling: bool = field(init=False, compare=False, repr=False, default=False)
 
     def __post_init__(self) -> None:
-        shapes_nothing = (
-            self.mode != "autocommit"
-            and self.isolation_level is None
-            and not self.read_only
-            and self.checkout_timeout is None
-            and not self.is_admitted
-        )
-        object.__setattr__(self, "shapes_nothing", shapes_nothing)  # it is frozen
         for name in SECONDS:
             object.__setattr__(self, name, check_time_limit(name, getattr(self, name)))
-        is_timed = any(getattr(self, name) is not None for name in SECONDS)
-        object.__setattr__(self, "is_timed", is_timed)
-        watches_idling = self.idle_warning is not None or self.idle_timeout is not None
-        object.__setattr__(self, "watches_idling", watches_idling)
+        for name, value in self._derive().items():
+            object.__setattr__(self, name, value)  # it is frozen
         check_choice("mode", self.mode, get_args(Mode))
         check_choice("stream", self.stream, get_args(Stream))
         _check_policy(self.commit_policy)
@@ -100,6 +108,33 @@ class ScopeOptions:
                 "apply to; use mode='transaction' with them, or leave them out."
             )
             raise ConfigurationError(msg)
+
+    def _derive(self) -> dict[str, bool]:
+        """What the others say together."""
+        uses_reads = self.has_reads and self.read_only
+        # Whoever asks for an isolation level, a server's cursor or a block asks for a transaction.
+        reads_at_once = (
+            uses_reads
+            and self.mode == "transaction"
+            and self.isolation_level is None
+            and self.stream != "hold"
+            and not self.is_in_block
+        )
+        return {
+            "uses_reads": uses_reads,
+            "reads_at_once": reads_at_once,
+            "is_transaction": self.mode == "transaction" and not reads_at_once,
+            "is_autocommit": self.mode == "autocommit" or reads_at_once,
+            "shapes_nothing": (
+                self.mode != "autocommit"
+                and self.isolation_level is None
+                and not self.read_only
+                and self.checkout_timeout is None
+                and not self.is_admitted
+            ),
+            "is_timed": any(getattr(self, name) is not None for name in SECONDS),
+            "watches_idling": self.idle_warning is not None or self.idle_timeout is not None,
+        }
 
     def changed(self, changes: dict[str, Any]) -> ScopeOptions:
         """A copy with *changes*, validated."""
@@ -229,7 +264,7 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
         }
         self._changes = {name: value for name, value in given.items() if value is not None}
         self._database = database
-        ScopeOptions(**self._changes)
+        self._last: tuple[ScopeOptions | None, ScopeOptions] = None, ScopeOptions(**self._changes)
         if retry is not None:
             endpoint_retries.expect(retry)
 
@@ -243,7 +278,13 @@ class session_options:  # noqa: N801 - a decorator, spelled like a function
         self._apply()
 
     def _apply(self) -> None:
-        current_scope(self._database).configure(**self._changes)
+        scope = current_scope(self._database)
+        before, after = self._last
+        if before is not scope.options:  # mostly it is: that of the middleware, for every request
+            before = scope.options
+            after = before.changed(self._changes)
+            self._last = before, after
+        scope.change_options(after, self._changes.keys())
 
     def __call__(self, endpoint: Callable[P, R]) -> Callable[P, R]:
         """Decorate *endpoint*; its signature stays as it is."""

@@ -52,7 +52,8 @@ class SecondConnections:
     that is found here, at once, rather than by the pool's timeout.
     """
 
-    def __init__(self, engine: object) -> None:
+    def __init__(self, engine: object, *, of_reads: bool = False) -> None:
+        self._of_reads = of_reads
         self._engine = (
             engine if isinstance(engine, Engine) else getattr(engine, "sync_engine", None)
         )
@@ -147,18 +148,20 @@ class SecondConnections:
             held.update(self._holders(waiting))
         for queued in self._queued:
             held.update(self._holders(queued))
-            if queued.state in OPEN:
+            if self._holds_one(queued):
                 held.add(queued)
         return held - set(self._refused)
 
-    @staticmethod
-    def _holders(scope: SessionScope[Any]) -> Iterator[SessionScope[Any]]:
-        """The scopes around *scope* that hold a connection."""
+    def _holders(self, scope: SessionScope[Any]) -> Iterator[SessionScope[Any]]:
+        """The scopes around *scope* that hold a connection of this pool."""
         holder = scope.holder
         while holder is not None:
-            if holder.state in OPEN:
+            if self._holds_one(holder):
                 yield holder
             holder = holder.holder
+
+    def _holds_one(self, scope: SessionScope[Any]) -> bool:
+        return scope.state in OPEN and scope.shape.uses_reads is self._of_reads
 
     def _is_tight(self, held: int, capacity: float, scope: SessionScope[Any]) -> bool:
         if scope.database.is_sync:  # as many at once as there are threads

@@ -50,6 +50,7 @@ from asgi_dbscope.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
+    from collections.abc import Set as AbstractSet
 
     from sqlalchemy.orm import Session, SessionTransaction
 
@@ -237,7 +238,7 @@ class SessionScope(Lifecycle, Generic[S]):
         Always in mode ``"transaction"``; else inside a transactional block, or a ``begin()`` of
         the user's own. What a statement began by itself is nobody's transaction.
         """
-        if self.shape.mode == "transaction":
+        if self.shape.is_transaction:
             return True
         return self.use is not None and self.use.is_begun_by_hand
 
@@ -352,8 +353,11 @@ class SessionScope(Lifecycle, Generic[S]):
             LateOptionsError: If it shapes transactions and one has begun already.
             SessionScopeClosedError: If the scope has ended.
         """
+        self.change_options(self.options.changed(changes), changes.keys())
+
+    def change_options(self, options: ScopeOptions, names: AbstractSet[str]) -> None:
+        """Have *options*, which have other values of those *names*; see :meth:`configure`."""
         self.check_has_session()
-        options = self.options.changed(changes)
         if options == self.options:
             return
         if options.mode == "autocommit" and self.is_rollback_only:
@@ -362,7 +366,9 @@ class SessionScope(Lifecycle, Generic[S]):
                 "durable one by one. Leave one of the two out."
             )
             raise ConfigurationError(msg)
-        late = SHAPES_TRANSACTION & changes.keys()
+        late = SHAPES_TRANSACTION & names
+        if options.is_autocommit is not self.options.is_autocommit:
+            late |= names
         if late and self.has_begun:
             msg = (
                 f"{self!r} has used the database already, so {', '.join(sorted(late))} can't be "
@@ -374,7 +380,7 @@ class SessionScope(Lifecycle, Generic[S]):
         self.options = options
         if not self.boundaries:
             self.shape = options
-        if "retry" in changes and self.gate is not None and self.gate.current_attempt is not None:
+        if "retry" in names and self.gate is not None and self.gate.current_attempt is not None:
             self.gate.current_attempt.retry = options.retry
 
     @property
@@ -429,11 +435,11 @@ class SessionScope(Lifecycle, Generic[S]):
             PoolTooSmallError: If it could never get one.
         """
         if self.state not in OPEN:
-            self.database.second_connections.expect(self)
+            self.database.source_of(self.shape).second_connections.expect(self)
 
     def got_second_connection(self) -> None:
         """The operation has its connection, or has done without."""
-        self.database.second_connections.forget(self)
+        self.database.source_of(self.shape).second_connections.forget(self)
 
     def check_deadline(self) -> None:
         """Refuse to go on after the deadline.

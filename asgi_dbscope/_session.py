@@ -25,6 +25,14 @@ from asgi_dbscope._doubt import lose_answer, settle_doubt
 from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
 from asgi_dbscope._fences import fence_connection, fence_write
 from asgi_dbscope._lifecycle import OPEN, Event, Outcome
+from asgi_dbscope._reads import (
+    REMEDY,
+    check_held,
+    check_statement,
+    check_untouched,
+    options_on,
+    refuse_write,
+)
 from asgi_dbscope._retry import Attempt
 from asgi_dbscope._transaction_status import find_transaction
 from asgi_dbscope._watch import SLACK, watch_transaction
@@ -109,7 +117,7 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
     def beginning(self: Any, nested: bool = False) -> Any:
         use = self.use
         if use is not None:
-            if use.scope.shape.mode == "autocommit":
+            if use.scope.shape.is_autocommit:
                 _leave_autocommit(self, nested=nested)
             if nested:
                 for connection in use.connections:
@@ -155,6 +163,8 @@ def _flushing(flush: Callable[..., Any]) -> Callable[..., Any]:
         use: SessionUse | None = self.use
         # Before each query SQLAlchemy flushes, and before each COMMIT; mostly nothing.
         if use is None or use.is_free or not self._is_clean():
+            if use is not None and use.scope.shape.uses_reads:
+                refuse_write(use.scope, self)
             reporting(self, *args, **kwargs)
 
     return flushing
@@ -304,6 +314,8 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, statement, *args, **kwargs)
         user = use.enter()
         try:
+            if use.scope.shape.reads_at_once:
+                check_statement(use.scope, statement, kwargs.get("execution_options"))
             if not is_read(statement):
                 use.has_written = True
                 if Attempt.were_made:
@@ -363,13 +375,16 @@ def _explain(use: SessionUse, error: BaseException) -> None:
             f"asgi_dbscope: the transaction of {scope.label} was begun read-only by "
             f"{scope.shaped_by}, which joined it first."
         )
+    if scope.shape.uses_reads and _dialects.is_write_refused(error):
+        error.add_note(f"asgi_dbscope: {scope.label} is read-only (Database(reads=...)). {REMEDY}")
     notes = [each for each in getattr(error, "__notes__", ()) if each != pool_note(error)]
     if scope.state not in OPEN and not notes:
         error.add_note(
             f"asgi_dbscope: {scope.label} got no connection to the database {scope.database.name!r}"
             "; no transaction was begun."
         )
-        bind = use.scope.sync_session.bind if use.scope.sync_session is not None else None
+        source = scope.database.source_of(scope.shape)
+        bind = source.engine
         if isinstance(error, PoolTimeoutError) and isinstance(bind, Engine) and is_exhausted(bind):
             note_pool(bind, error)
         if scope.database.is_sync and isinstance(error, _NO_PLACE):
@@ -379,7 +394,7 @@ def _explain(use: SessionUse, error: BaseException) -> None:
                 "requests run at once, or let one `def` function use the session per request."
             )
         if scope.holder is not None:
-            error.add_note(scope.database.second_connections.explain(scope))
+            error.add_note(source.second_connections.explain(scope))
 
 
 def _shaped_bind(
@@ -390,7 +405,8 @@ def _shaped_bind(
     if shape.is_admitted and scope.state not in OPEN:
         _ask_for_admission(scope)
     mode = shape.mode
-    if mode == "autocommit":
+    if shape.is_autocommit:
+        mode = "autocommit"
         transaction = session.get_transaction()
         if transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN:
             mode = "transaction"  # the user's own `async with session.begin()`: a real one
@@ -400,6 +416,9 @@ def _shaped_bind(
         isolation_level=shape.isolation_level,
         read_only=shape.read_only,
     )
+    if shape.uses_reads:
+        bind = scope.database.engine_for_reads(bind)
+        execution_options = options_on(bind, execution_options)
     if not isinstance(bind, Engine):
         if not execution_options:
             return bind
@@ -432,8 +451,9 @@ def _leave_autocommit(session: Session, *, nested: bool) -> None:
     if nested and not is_real:
         with_ = session.use.scope.database.with_  # type: ignore[attr-defined]
         msg = (
-            "begin_nested() needs a transaction to set a savepoint in, and mode='autocommit' has "
-            f"none. Begin one first: `{with_} session.begin(): ...`, or a transactional block."
+            "begin_nested() needs a transaction to set a savepoint in, and here is none: the mode "
+            "is 'autocommit', or the scope reads in one round trip. "
+            f"Begin one first: `{with_} session.begin(): ...`, or a transactional block."
         )
         raise ConfigurationError(msg)
     if transaction is not None and not is_real:
@@ -455,20 +475,28 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     if scope.holder is not None:
         scope.got_second_connection()
     shape = scope.shape
-    if shape.mode != "autocommit":
+    if not (shape.is_autocommit or shape.uses_reads):
         scope.database.check_transactional(connection.engine)
     if use.is_committing:  # the first change was made by a listener of the user's
         scope.note_commit()
-    if not shape.shapes_nothing and shape.mode != "autocommit":
-        _dialects.shape_transaction(
-            connection, isolation_level=shape.isolation_level, read_only=shape.read_only
-        )
+    if not shape.shapes_nothing:
+        _shape_begun(scope, connection)
     if scope.deadline is not None or shape.is_timed:
         _limit(scope, connection)
-    if scope.database.label_transactions == "application_name":
+    if scope.database.label_transactions == "application_name" and not shape.reads_at_once:
         _dialects.label_transaction(connection, scope.block_label or scope.label)
     if session.in_nested_transaction():
         _dialects.begin(connection)
+
+
+def _shape_begun(scope: SessionScope[Any], connection: Connection) -> None:
+    shape = scope.shape
+    if not shape.is_autocommit:
+        _dialects.shape_transaction(
+            connection, isolation_level=shape.isolation_level, read_only=shape.read_only
+        )
+    elif shape.reads_at_once and _dialects.is_autocommit(connection):
+        check_held(scope, connection)
 
 
 def _limit(scope: SessionScope[Any], connection: Connection) -> None:
@@ -477,7 +505,11 @@ def _limit(scope: SessionScope[Any], connection: Connection) -> None:
     if scope.deadline is not None:
         slack = 0.0 if scope.database.is_sync else SLACK  # a thread has no clock of its own here
         _dialects.limit_transaction(connection, scope.deadline - monotonic(), slack=slack)
-    elif watch is not None and watch.timeout is not None and not watch.is_over:
+    elif (
+        watch is not None
+        and watch.timeout is not None
+        and not (watch.is_over or scope.shape.is_autocommit)
+    ):
         _dialects.limit_transaction(connection, watch.timeout, slack=SLACK)
     if watch is not None:
         report_use(connection)
@@ -514,6 +546,8 @@ def _before_commit(session: Any) -> None:
         return
     for connection in use.connections:
         refuse_if_aborted(connection)
+    if use.scope.shape.reads_at_once:
+        check_untouched(use.scope, use.connections)
     if use.scope.database.resolve_in_doubt:
         _note_transaction(session, use)
     use.scope.note_commit()

@@ -338,11 +338,12 @@ class TransactionalBlock(Generic[S]):
             return options.changed(
                 {"mode": "autocommit", "isolation_level": None, "read_only": False}
             )
-        return options.changed({"mode": "transaction", "stream": "release", **self._changes})
+        changes = {"mode": "transaction", "stream": "release", "is_in_block": True}
+        return options.changed({**changes, **self._changes})
 
     def begin_options(self, scope: SessionScope[Any]) -> ScopeOptions:
         """The options of a transaction that it begins on the scope's own session."""
-        return scope.options.changed({"mode": "transaction", **self._changes})
+        return scope.options.changed({"mode": "transaction", "is_in_block": True, **self._changes})
 
     def check_demands(self, scope: SessionScope[Any]) -> None:
         """Refuse to join a transaction that isn't what this block demands.
@@ -362,18 +363,22 @@ class TransactionalBlock(Generic[S]):
             has = getattr(shape, name)
             is_free = not (scope.has_begun or has or name in scope.demands)
             if not is_free and _normal(has) != _normal(wanted):
-                msg = (
-                    f"{self.label} demands {name}={wanted!r} and joins the transaction of "
-                    f"{scope!r}, which has {name}={has!r}. Begin it that way, "
-                    f"with session_options({name}={wanted!r}) on the endpoint or the same on the "
-                    "outer block; or use propagation='REQUIRES_NEW', or mode='autocommit', where "
-                    "the outermost block is the transaction."
-                )
-                raise TransactionMismatchError(msg)
+                self._mismatch(scope, name)
         if not scope.has_begun:
-            scope.configure(**self._changes)
+            scope.configure(**self._changes, is_in_block=True)
             scope.shaped_by = self.label
             scope.demands |= self._changes.keys()
+
+    def _mismatch(self, scope: SessionScope[Any], name: str) -> NoReturn:
+        wanted = self._changes[name]
+        msg = (
+            f"{self.label} demands {name}={wanted!r} and joins the transaction of "
+            f"{scope!r}, which has {name}={getattr(scope.shape, name)!r}. Begin it that way, "
+            f"with session_options({name}={wanted!r}) on the endpoint or the same on the "
+            "outer block; or use propagation='REQUIRES_NEW', or mode='autocommit', where "
+            "the outermost block is the transaction."
+        )
+        raise TransactionMismatchError(msg)
 
     # ---------------------------------------------------------------- asynchronous
 
@@ -538,7 +543,7 @@ class TransactionalBlock(Generic[S]):
         scope = find_scope(database)
         is_join = (  # the most frequent case, by the shortest way
             scope is not None
-            and scope.shape.mode == "transaction"
+            and scope.shape.is_transaction
             and self.entries[IN_TRANSACTION] is JOIN
             and not scope.is_websocket
         )
@@ -571,6 +576,8 @@ class TransactionalBlock(Generic[S]):
         scope.check_open()
         if kind is Entry.BEGIN:
             check_can_begin(scope)
+            if scope.options.reads_at_once and self._changes.get("read_only") is False:
+                self._mismatch(scope, "read_only")
             return _Owning(self, kind, scope, None)
         if kind is not Entry.AS_IS and self.demands_something:
             self.check_demands(scope)

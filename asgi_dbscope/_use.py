@@ -248,7 +248,7 @@ class SessionUse(ABC):
 
     def has_changes(self, session: Session) -> bool:
         """Whether something would be lost if the open transaction were rolled back."""
-        is_durable = self.scope.shape.mode == "autocommit"
+        is_durable = self.scope.shape.is_autocommit
         is_pending = bool(session.new or session.dirty or session.deleted)
         return is_pending or (self.has_written and not is_durable and session.in_transaction())
 

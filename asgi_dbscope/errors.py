@@ -53,6 +53,10 @@ class RollbackOnlyError(DBScopeError):
     """
 
 
+class ReadOnlyError(DBScopeError):
+    """A write was asked for, or its refusal swallowed, in a scope that reads in one round trip."""
+
+
 class TransactionRequiredError(DBScopeError):
     """A block with ``propagation="MANDATORY"`` was entered outside of any transaction."""
 

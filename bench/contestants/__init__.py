@@ -6,18 +6,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from bench.contestant import Contestant
 
 WAYS = ("bare", "by_hand", "ours")
 """The files, in the order of the tables."""
 
+ASIDE = ("ours_reads",)
+"""Files of contestants that one measure alone asks for, by their names."""
+
 
 def contestants() -> list[Contestant]:
     """All of them."""
-    modules = (import_module(f"{__name__}.{way}") for way in WAYS)
+    return _of(WAYS)
+
+
+def _of(ways: Sequence[str]) -> list[Contestant]:
+    modules = (import_module(f"{__name__}.{way}") for way in ways)
     return [each for module in modules for each in module.CONTESTANTS]
 
 
 def by_name(name: str) -> Contestant:
     """The one that is called so."""
-    return next(each for each in contestants() if each.name == name)
+    return next(each for each in _of((*WAYS, *ASIDE)) if each.name == name)

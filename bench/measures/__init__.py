@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 NAMES = (
     "latency",
+    "reads",
     "throughput",
     "hold",
     "first_byte",

@@ -15,6 +15,7 @@ from asgi_dbscope import (
     Outcome,
     current_scope,
     pgbouncer_options,
+    read_only_options,
     session_options,
 )
 from asgi_dbscope.errors import CommitInDoubtError, TransactionAbortedError
@@ -518,3 +519,48 @@ async def test_settings_that_the_pooler_takes_along_arrive(pgbouncer, through):
     await engine.dispose()
 
     assert "Asia/Tokyo" == zone
+
+
+# --------------------------------------------------------------------------------------
+# Reads in one round trip
+# --------------------------------------------------------------------------------------
+
+
+async def test_reads_of_a_role_that_is_read_only(engine, through, pgbouncer, postgres_schema):
+    """G20: a role's setting holds a pooler's connections read-only, and reads use them."""
+    readers = through(pgbouncer)
+    db: Database[Any] = Database(engine, reads=readers)
+    role = f"ALTER ROLE {engine.url.username} IN DATABASE {engine.url.database}"
+    with postgres_schema.connect() as connection:
+        connection.execute(sa.text(f"{role} SET default_transaction_read_only = on"))
+    pgbouncer.tell("RECONNECT")
+    try:
+        async with db.session_scope(read_only=True) as session:
+            pids = [await session.scalar(PID) for _ in range(3)]
+            with pytest.raises(sa.exc.DBAPIError, match="read-only"):
+                await session.execute(sa.insert(Item).values(id=1))
+            await session.rollback()
+    finally:
+        await readers.dispose()
+        with postgres_schema.connect() as connection:
+            connection.execute(sa.text("SET default_transaction_read_only = off"))
+            connection.execute(sa.text(f"{role} RESET default_transaction_read_only"))
+        pgbouncer.tell("RECONNECT")
+
+    assert all(pids)
+
+
+async def test_reads_that_the_pooler_does_not_hold_are_refused(engine, through, pgbouncer, driver):
+    """G1: a pooler refuses the setting at the start, and without it the connection isn't used."""
+    url = pgbouncer.url.set(drivername=f"postgresql+{driver}")
+    told = create_async_engine(url, **read_only_options(url))
+    for readers, message in (
+        (told, "unsupported startup parameter"),
+        (through(pgbouncer), "doesn't hold read-only"),
+    ):
+        db: Database[Any] = Database(engine, reads=readers)
+        # asyncpg's own error of a connection is none of SQLAlchemy's
+        with pytest.raises(Exception, match=message):
+            async with db.session_scope(read_only=True) as session:
+                await session.scalar(PID)
+        await readers.dispose()

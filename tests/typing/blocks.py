@@ -28,6 +28,7 @@ def sessions_of_both_kinds(async_engine: AsyncEngine, engine: Engine) -> None:
     """An asynchronous engine gives an `AsyncSession`, a synchronous one a `Session`."""
     assert_type(Database(async_engine).session, AsyncSession)
     assert_type(Database(engine).session, Session)
+    assert_type(Database(engine, reads="postgresql+psycopg://").session, Session)
     assert_type(Database(async_sessionmaker(class_=MySession)).session, MySession)
 
 

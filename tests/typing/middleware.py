@@ -91,6 +91,7 @@ def options_of_the_right_type(engine: AsyncEngine) -> None:
 
     DBSessionMiddleware(app, engine=engine, commit_error_response=conflict_of_starlette)
     DBSessionMiddleware(app, engine=engine, exclude="/health")
+    DBSessionMiddleware(app, engine=engine, read_only_methods=("GET", "HEAD"))
     DBSessionMiddleware(app, engine=engine, exclude=lambda scope: scope["path"] == "/health")
     DBSessionMiddleware(app, engine=engine, commit_policy=lambda head: head.status < 300)
 

@@ -44,6 +44,7 @@ def engines_and_urls_give_async_sessions(engine: AsyncEngine, url: URL) -> None:
     assert_type(Database(url), Database[AsyncSession])
     assert_type(Database("sqlite+aiosqlite://", name="x"), Database[AsyncSession])
     assert_type(Database(engine, mode="manual", cleanup_timeout=1).session, AsyncSession)
+    assert_type(Database(engine, reads=engine).session, AsyncSession)
 
 
 def session_class_of_the_users_is_kept(engine: AsyncEngine) -> None:
