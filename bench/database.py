@@ -20,7 +20,7 @@ def database(url: str | None) -> Generator[str]:
         if url is None:
             from tests.fix_postgres import WheelServer
 
-            server = WheelServer()
+            server = WheelServer(max_connections="400")
             stack.callback(server.stop)
             url = server.url().render_as_string(hide_password=False)
         stack.enter_context(_tables(url))

@@ -9,7 +9,7 @@ import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from bench.measure import Bench, Json, Table, Unit
+from bench.measure import Bars, Bench, Json, Table, Unit, quartiles
 from bench.worker import LOOPS, Worker
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class Latency:
                 f"{unit.partition(' ')[2]}, {unit.partition(' ')[0]}, {kind}",
                 list(ROUTES.values()),
                 rows(routes, kind),
+                charts=charts(unit, routes) if kind == "cpu" else (),
             )
             for unit, routes in found.items()
             for kind in ("wall", "cpu")
@@ -106,6 +107,21 @@ def interleave(
             samples[worker.contestant.name]["wall"].append(round(wall, 3))
             samples[worker.contestant.name]["cpu"].append(round(cpu, 3))
     return samples
+
+
+def charts(unit: str, routes: Mapping[str, Any]) -> list[Bars]:
+    """What a request with a statement takes, on the event loop that Python has."""
+    loop, _, group = unit.partition(" ")
+    return [
+        Bars(
+            f"latency-{group}-{route}",
+            f"{ROUTES[route]}, {group}: microseconds of the processor",
+            {name: statistics.median(times["cpu"]) for name, times in routes[route].items()},
+            {name: quartiles(times["cpu"]) for name, times in routes[route].items()},
+        )
+        for route in ("select", "insert")
+        if loop == "asyncio"
+    ]
 
 
 def rows(routes: Mapping[str, Any], kind: str) -> dict[str, list[str]]:
