@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from asgi_dbscope._doubt import miss_answer
-from asgi_dbscope._engine import scope_on
+from asgi_dbscope._engine import EXPIRY, scope_on
 from asgi_dbscope._fences import fence_write
 from asgi_dbscope._lifecycle import State
 from asgi_dbscope._reads import check_statement
@@ -87,6 +87,9 @@ def _reporting(method: Callable[..., Any], *, is_end: bool = False) -> Callable[
         scope = scope_on(self)
         use, session = (None, None) if scope is None else (scope.use, scope.sync_session)
         if use is None or session is None:
+            expiry = self.__dict__.get(EXPIRY)
+            if expiry is not None and self.closed:
+                raise type(expiry)(*expiry.args)
             return method(self, *args, **kwargs)
         user = use.enter_quietly() if is_end else use.enter()
         if user is None:  # part of an operation of the session's, which reports for it

@@ -216,8 +216,8 @@ def cut(connection: Connection) -> bool:
     """
     try:
         driver: Any = connection.connection.driver_connection
-        if hasattr(driver, "interrupt"):  # sqlite3
-            driver.interrupt()
+        if hasattr(driver, "interrupt"):  # sqlite3; aiosqlite has one of its own inside
+            getattr(driver, "_conn", driver).interrupt()
         else:  # psycopg, psycopg2, mysqlclient; PyMySQL
             place = driver if hasattr(driver, "fileno") else driver._sock  # noqa: SLF001 - no other way
             with socket.socket(fileno=os.dup(place.fileno())) as wire:
@@ -225,6 +225,15 @@ def cut(connection: Connection) -> bool:
     except Exception:  # noqa: BLE001 - closed already, or a driver that keeps it to itself
         return False
     return True
+
+
+def stop_thread(connection: Connection) -> None:
+    """Let a driver's thread give up the statement whose task is being cancelled.
+
+    aiosqlite's would finish it, and what follows waits for that.
+    """
+    if connection.dialect.driver == "aiosqlite":
+        cut(connection)
 
 
 def is_statement_timeout(error: BaseException) -> bool:

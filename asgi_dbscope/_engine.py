@@ -49,6 +49,9 @@ WATCH = "asgi_dbscope"
 """The name in a connection's ``__dict__`` of what is known of it: a weak dictionary beside it would
 cost a transaction a hundredth of a SELECT."""
 
+EXPIRY = "asgi_dbscope_expiry"
+"""The name in it of the error that ended the connection's transaction before its time."""
+
 
 _INSERT = re.compile(r"\s*(?:INSERT|REPLACE)\b", re.IGNORECASE)
 
@@ -100,6 +103,8 @@ def watch(connection: Connection, scope: SessionScope[Any]) -> None:
 
 def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
     """The transaction of *scope* on *connection* is over."""
+    if scope.expiry is not None:
+        connection.__dict__[EXPIRY] = scope.expiry
     known: Watch | None = connection.__dict__.pop(WATCH, None)
     others = [] if known is None else [each for each in known.scopes if each is not scope]
     if others:

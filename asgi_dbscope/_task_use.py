@@ -91,6 +91,7 @@ class TaskUse(SessionUse):
             return task
         await_only(self._turns.acquire())
         try:
+            self.check_registration()
             self._take(task)
         except BaseException:
             self._turns.release()

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from asgi_dbscope import _dialects
 from asgi_dbscope._completion import redeliver
-from asgi_dbscope._lifecycle import OPEN
+from asgi_dbscope._engine import was_handed_out
+from asgi_dbscope._lifecycle import OPEN, State
 from asgi_dbscope._places import outermost_frame, place_of_task, place_of_thread
 from asgi_dbscope.errors import TransactionIdleError, TransactionTimeoutError
 
@@ -111,10 +112,11 @@ class TransactionWatch(ABC):
 
     @property
     def is_being_read(self) -> bool:
-        """Whether somebody may be reading rows, and a ROLLBACK beside that would go wrong."""
+        """Whether somebody may be reading unseen, and a ROLLBACK beside that would go wrong."""
         return any(
-            not each._soft_closed and _dialects.mixes_up_answers(each.dialect)  # noqa: SLF001 - there is no public word for it
-            for each in self._results
+            _dialects.mixes_up_answers(each.dialect)
+            and (was_handed_out(each) or any(not row._soft_closed for row in self._results))  # noqa: SLF001 - there is no public word for it
+            for each in self.use.connections
         )
 
     def _note_use(self) -> None:
@@ -270,6 +272,9 @@ class TaskWatch(TransactionWatch):
             self._interrupted = inside
             self._requests = inside.cancelling()
             inside.cancel()
+            if self.scope.state is not State.COMMITTING:
+                for each in self.use.connections:
+                    _dialects.stop_thread(each)
 
     def _end_transaction(self) -> None:
         if self.scope.state in OPEN and self._inside is None:

@@ -308,3 +308,35 @@ async def test_block_of_the_users_own_that_fails_is_rolled_back(engine, drive, r
 
     assert 200 == exchange.status
     assert [3] == await rows()
+
+
+@ON_SQLITE
+async def test_connection_whose_time_is_up_says_so(db, drive):
+    """A connection that is used after its transaction was ended tells why it is closed: 504."""
+
+    async def app(scope, receive, send):
+        session_scope = current_scope()
+        connection = await db.session.connection()
+        while session_scope.state is not State.IDLE:
+            await asyncio.sleep(0.005)
+        await connection.execute(sa.text("SELECT 1"))
+
+    assert 504 == (await drive(DBSessionMiddleware(app, database=db, timeout=0.05))).status
+
+
+@ON_ASYNCPG
+async def test_who_queues_for_a_session_whose_time_is_up_is_told(engine, drive, timeline):
+    """G13: a turn that comes after the end of the transaction is none: nothing begins anew."""
+    db = Database(engine, concurrency="serialize")
+    errors: list[Any] = []
+
+    async def app(scope, receive, send):
+        operations = [db.session.execute(SLOW) for _ in range(3)]
+        errors.extend(await asyncio.gather(*operations, return_exceptions=True))
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    assert [TransactionTimeoutError] * 3 == [type(each) for each in errors]
+    assert 1 == timeline.count("begin")

@@ -51,6 +51,23 @@ async def test_statement_that_takes_too_long_is_interrupted(db, drive, rows):
     assert [] == await rows()
 
 
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+async def test_thread_of_the_driver_gives_up_a_statement_that_takes_too_long(db, drive):
+    """aiosqlite's thread doesn't go on with it, so that the rollback needn't wait."""
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        await db.session.execute(sa.text(endless))
+
+    begun = monotonic()
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+
+    assert 504 == exchange.status
+    assert monotonic() - begun < 5
+
+
 @ON_ALL
 @pytest.mark.parametrize("status", [201, 404])
 async def test_time_that_is_up_after_the_end_is_no_error(db, engine, drive, rows, status):

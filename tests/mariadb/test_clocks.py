@@ -13,6 +13,25 @@ pytestmark = pytest.mark.parametrize("engine", ["asyncmy"], indirect=True)
 SLOW = sa.text("SELECT SLEEP(5)")
 
 
+async def test_connection_that_was_handed_out_is_thrown_away(engine, drive):
+    """G10: what is under way on the driver's own connection is unseen, and ends all the same."""
+    db = Database(engine, cleanup_timeout=2)
+
+    async def app(scope, receive, send):
+        connection = await db.session.connection()
+        driver = (await connection.get_raw_connection()).driver_connection
+        async with driver.cursor() as cursor:
+            await cursor.execute("SELECT SLEEP(5)")
+
+    async with asyncio.timeout(4):
+        exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.15))
+        while engine.pool.checkedout():
+            await asyncio.sleep(0.005)
+
+    assert exchange.error is not None
+    assert [] == exchange.messages
+
+
 @pytest.mark.parametrize("way", ["session", "connection", "rows"])
 async def test_statement_that_takes_too_long_is_interrupted(engine, drive, way):
     """G10: whoever waits for the server when the time is up is answered at once, with 504."""
