@@ -53,7 +53,7 @@ async def test_statement_that_takes_too_long_is_interrupted(db, drive, rows):
 
 @pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 async def test_thread_of_the_driver_gives_up_a_statement_that_takes_too_long(db, drive):
-    """aiosqlite's thread doesn't go on with it, so that the rollback needn't wait."""
+    """The thread of aiosqlite does not go on with it, so that the rollback need not wait."""
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
 
     async def app(scope, receive, send):
