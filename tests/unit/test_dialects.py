@@ -15,7 +15,8 @@ from asgi_dbscope import ConfigurationError, Database, _dialects
 
 def connection_of(dialect: Any) -> Any:
     """What the table asks of a connection to a database that isn't there."""
-    return SimpleNamespace(dialect=dialect, get_execution_options=dict)
+    engine = SimpleNamespace(dialect=dialect, get_execution_options=dict)
+    return SimpleNamespace(dialect=dialect, engine=engine, get_execution_options=dict)
 
 
 def engine_of(dialect: Any) -> sa.Engine:
