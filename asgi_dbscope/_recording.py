@@ -133,8 +133,9 @@ class Reader:
         self._position += 1
         if recording.is_over:
             self.forget()
-            return message
-        return dict(message)
+        elif type_of(message) == "http.request":
+            return dict(message)
+        return message
 
     def forget(self) -> None:
         """There is no attempt after this one: what it has read need not be kept any more."""

@@ -149,7 +149,9 @@ class Run:
             elif step.verb == "receive":
                 assert step.make is not None
                 self._received = step.make()
-                assert self._received is await receive()
+                got = await receive()
+                is_copy = self.retry is not None and kind_of(got) == "http.request"
+                assert self._received is got or (is_copy and self._received == got)
             else:
                 assert step.make is not None
                 message = step.make()
