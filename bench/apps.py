@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engin
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 if TYPE_CHECKING:
-    from sqlalchemy import Engine
+    from sqlalchemy import URL, Engine
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -101,9 +101,12 @@ class Setup:
     url: str
     pool: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def async_url(self) -> URL:
+        return make_url(self.url).set(drivername="postgresql+asyncpg")
+
     def async_engine(self) -> AsyncEngine:
-        url = make_url(self.url).set(drivername="postgresql+asyncpg")
-        return create_async_engine(url, **self.pool)
+        return create_async_engine(self.async_url, **self.pool)
 
     def sync_engine(self) -> Engine:
         return create_engine(make_url(self.url).set(drivername="postgresql+psycopg"), **self.pool)
@@ -217,10 +220,18 @@ def sync_operations(framework: Framework) -> Operations:
         session.flush()
         raise framework.server_error()
 
+    def swallow(session: Session) -> Any:
+        session.add(Item(name="swallowed"))
+        session.flush()
+        with suppress(IntegrityError):
+            session.execute(INSERT_AGAIN)
+        return NAME
+
     return {
         "unused": unused,
         "select": select_,
         "insert": insert,
         "commit_fails": commit_fails,
         "error": error,
+        "swallow": swallow,
     }

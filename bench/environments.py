@@ -40,6 +40,7 @@ ENVIRONMENTS: dict[str, Environment] = {
     "peers": Environment(
         (
             "advanced-alchemy==1.12.0",
+            "asgi-sqlalchemy==0.2.0",
             "context-async-sqlalchemy==2.1.9",
             "fastapi-async-sqlalchemy==0.8.1",
         )

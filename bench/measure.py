@@ -15,6 +15,7 @@ from bench.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from pathlib import Path
 
     from bench.contestant import Contestant
 
@@ -58,10 +59,18 @@ class Bench:
         setup: Setup | None = None,
         loop: str = "asyncio",
         wrapper: Sequence[str] = (),
+        source: Path | None = None,
     ) -> Worker:
         """A process for a contestant, in its environment; use it in a `with` block."""
         python = environments.python(contestant.environment)
-        return Worker(contestant, python, setup or Setup(self.url), loop, wrapper)
+        return Worker(
+            contestant,
+            python,
+            setup or Setup(self.url),
+            loop=loop,
+            wrapper=wrapper,
+            source=source,
+        )
 
     def server(self, contestant: Contestant) -> Server:
         """The server of a contestant, kept to the end of the run."""

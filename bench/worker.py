@@ -54,6 +54,8 @@ class Worker:
         loop: One of `LOOPS`.
 
         wrapper: What starts the interpreter: valgrind and its options, say.
+
+        source: A directory whose packages come before those that are installed.
     """
 
     def __init__(
@@ -61,11 +63,16 @@ class Worker:
         contestant: Contestant,
         python: Path,
         setup: Setup,
+        *,
         loop: str = "asyncio",
         wrapper: Sequence[str | Path] = (),
+        source: Path | None = None,
     ) -> None:
         self.contestant = contestant
         order = {"name": contestant.name, "setup": dataclasses.asdict(setup), "loop": loop}
+        self._environ = {**os.environ, "PYTHONHASHSEED": "0"}
+        if source is not None:
+            self._environ["PYTHONPATH"] = str(source)
         self._command = [*wrapper, python, "-P", __file__, json.dumps(order)]
 
     def __enter__(self) -> Self:
@@ -76,7 +83,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env={**os.environ, "PYTHONHASHSEED": "0"},
+            env=self._environ,
         )
         return self
 

@@ -10,7 +10,19 @@ if TYPE_CHECKING:
 
     from bench.contestant import Contestant
 
-WAYS = ("bare", "by_hand", "ours")
+WAYS = (
+    "bare",
+    "by_hand",
+    "ours",
+    "depends",
+    "base_http_middleware",
+    "context_async_sqlalchemy",
+    "fastapi_async_sqlalchemy",
+    "asgi_sqlalchemy",
+    "fastapi_sqla",
+    "advanced_alchemy",
+    "dishka",
+)
 """The files, in the order of the tables."""
 
 ASIDE = ("ours_reads",)

@@ -9,8 +9,10 @@ if TYPE_CHECKING:
     from bench.measure import Measure
 
 NAMES = (
+    "correctness",
     "latency",
     "reads",
+    "instructions",
     "throughput",
     "hold",
     "first_byte",
