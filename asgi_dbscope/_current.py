@@ -14,6 +14,7 @@ import asyncio
 from contextlib import suppress
 from contextvars import ContextVar
 from inspect import Signature
+from math import inf
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
@@ -22,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from asgi_dbscope.errors import AmbiguousDatabaseError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from contextvars import Token
     from typing import Protocol
 
@@ -37,6 +38,11 @@ if TYPE_CHECKING:
 
         outer: ScopeHolder | None
         """The holder around this one."""
+
+        @property
+        def scopes(self) -> Sequence[SessionScope[Any]]:
+            """The scopes that were asked for here."""
+            ...
 
         @property
         def is_over(self) -> bool:
@@ -152,6 +158,15 @@ def find_attempt() -> Attempt | None:
     holder = innermost.get()
     attempt = None if holder is None else holder.current_attempt
     return None if attempt is None else attempt.alive
+
+
+def due_around(holder: ScopeHolder | None) -> float:
+    """When the first of the transactions that are open around has to be over; ``inf``: whenever."""
+    due_at = inf
+    while holder is not None:
+        due_at = min(due_at, *(scope.due_at for scope in holder.scopes), inf)
+        holder = holder.outer
+    return due_at
 
 
 def forbid_attempts(reason: str, own: Attempt | None = None) -> None:

@@ -12,7 +12,13 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
-from asgi_dbscope._current import find_attempt, get_innermost, reset_innermost, set_innermost
+from asgi_dbscope._current import (
+    due_around,
+    find_attempt,
+    get_innermost,
+    reset_innermost,
+    set_innermost,
+)
 from asgi_dbscope._dialects import find_conflict
 from asgi_dbscope._retry import Attempt, log_fence, log_loss
 from asgi_dbscope.errors import ConfigurationError
@@ -219,7 +225,7 @@ class _Tries:
             code = find_conflict(conflict)
         if code is None:
             return None
-        delay = self._attempt.delay()
+        delay = self._attempt.delay(due_around(get_innermost()))
         log_loss(self._label, self._attempt, code, delay)
         if delay is not None:
             self._error = error
@@ -252,6 +258,7 @@ class _Call:
     """One try at a call: what the context variable holds inside of it."""
 
     databases: tuple[Database[Any], ...] = ()
+    scopes: tuple[SessionScope[Any], ...] = ()
     """It has no session scope."""
 
     is_request = False

@@ -98,7 +98,10 @@ class Recording:
                     if self.has_left:
                         return True
                     was_complete = self.is_complete
-                    await self.fetch()
+                    try:
+                        await self.fetch()
+                    except Exception:  # noqa: BLE001 - nobody has asked for a message
+                        break
                     if was_complete and not self.has_left:
                         break  # it says nothing new, and may do so for ever
                     await asyncio.sleep(0)  # nor does one that never waits hold up the clock

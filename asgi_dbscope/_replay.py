@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from asgi_dbscope._answers import Answer, find_answer, mark
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._current import (
+    due_around,
     find_attempt,
     get_innermost,
     open_around,
@@ -252,7 +253,7 @@ class AttemptGate(ResponseGate):
             return
         self.lost = Lost(code, error, label_of(self._asgi_scope))
         self._look_at_client()
-        self.delay = attempt.delay()
+        self.delay = attempt.delay(due_around(self.outer))
         if self._is_loser:
             mark(error, Answer(HTTPStatus.SERVICE_UNAVAILABLE, retry.retry_after))
         log_loss(self.lost.label, attempt, code, self.delay)

@@ -26,6 +26,8 @@ BODY_TOO_LARGE = "the body is larger than max_body"
 CLIENT_LEFT = "the client has left"
 """Fences: why no other attempt may follow, as the log says it."""
 
+OUT_OF_TIME = "the transaction around it has to be over by then"
+
 
 @dataclass(frozen=True, slots=True)
 class Retry:
@@ -163,13 +165,14 @@ class Attempt:
     were_made: ClassVar[bool] = False
     """Whether this process has made any: where it hasn't, nothing has to be looked for."""
 
-    __slots__ = ("_series", "number", "outer", "retry")
+    __slots__ = ("_is_out_of_time", "_series", "number", "outer", "retry")
 
     def __init__(self, retry: Retry | None, outer: Attempt | None = None) -> None:
         Attempt.were_made = True
         self.number = 1
         self.retry = retry
         self.outer = outer
+        self._is_out_of_time = False
         self._series = _Series()
 
     @property
@@ -212,7 +215,9 @@ class Attempt:
         """Why no other attempt follows, for the log."""
         if self.fence is not None:
             return self.fence
-        return "no attempt is left" if self.is_last else "max_elapsed is over"
+        if self.is_last:
+            return "no attempt is left"
+        return OUT_OF_TIME if self._is_out_of_time else "max_elapsed is over"
 
     def forbid(self, reason: str) -> None:
         """Let no other attempt follow, neither at this nor at what it is a part of."""
@@ -224,14 +229,20 @@ class Attempt:
         """Let no other attempt at this follow; what it is a part of has nothing to do with it."""
         self._series.fence = self._series.fence or reason
 
-    def delay(self) -> float | None:
-        """Seconds until the next attempt; ``None`` where there is none."""
+    def delay(self, due_at: float = inf) -> float | None:
+        """Seconds until the next attempt; ``None`` where there is none.
+
+        Args:
+            due_at: When what is around has to be over, by :func:`time.monotonic`.
+        """
         retry = self.retry
         if retry is None or self.is_last:
             return None
         delay = retry.delay_after(self.number)
-        is_late = monotonic() + delay > self._series.begun_at + retry.max_elapsed
-        return None if is_late else delay
+        begins_at = monotonic() + delay
+        self._is_out_of_time = begins_at > due_at
+        is_late = begins_at > self._series.begun_at + retry.max_elapsed
+        return None if self._is_out_of_time or is_late else delay
 
     def finish(self) -> None:
         """The work is done, or given up: nothing is a part of it any more."""

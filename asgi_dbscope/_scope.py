@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from math import inf
 from threading import RLock
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
@@ -213,6 +214,11 @@ class SessionScope(Lifecycle, Generic[S]):
     def databases(self) -> tuple[Database[S]]:
         """Its one database."""
         return (self.database,)
+
+    @property
+    def scopes(self) -> tuple[SessionScope[S]]:
+        """Itself."""
+        return (self,)
 
     is_request = False
     """It is a scope by itself, not a request."""
@@ -450,6 +456,17 @@ class SessionScope(Lifecycle, Generic[S]):
         if self.deadline is not None and monotonic() >= self.deadline:
             msg = f"{self!r}: the transaction's timeout has passed; it is rolled back."
             raise TransactionTimeoutError(msg)
+
+    @property
+    def due_at(self) -> float:
+        """When its transaction has to be over; ``inf``: whenever, ``-inf``: it was ended."""
+        if self.expiry is not None:
+            return -inf
+        due_at = inf if self.deadline is None else self.deadline
+        watch = self.watch
+        if watch is None or watch.is_over or watch.deadline is None:
+            return due_at
+        return min(due_at, watch.deadline)
 
     def refuse_expired(self) -> NoReturn:
         """Say why nothing can be done any more: the transaction was ended before its time."""

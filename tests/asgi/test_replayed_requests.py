@@ -290,6 +290,35 @@ async def test_two_tasks_of_an_attempt_wait_for_messages_as_ever(engine, drive):
 
 
 @on_sqlite
+async def test_error_of_receive_in_the_pause_is_nobodys(engine, drive):
+    """G16: who looks for the client's leaving, and isn't told, goes on without."""
+    db = Database(engine)
+    attempts: list[int] = []
+
+    async def told():
+        if attempts:
+            raise LookupError
+        return messages_of(b"one")[0]
+
+    async def app(scope, receive, send):
+        assert b"one" == (await receive())["body"]
+        attempts.append(current_scope().attempt)
+        db.session.add(Item(id=1))
+        await respond(send)
+
+    middleware = DBSessionMiddleware(app, database=db, retry=Retry(base=0.01))
+
+    async def at_server(scope, receive, send):
+        await middleware(scope, told, send)
+
+    with inject_conflicts(db):
+        exchange = await drive(at_server)
+
+    assert [1, 2] == attempts
+    assert 200 == exchange.status
+
+
+@on_sqlite
 @pytest.mark.parametrize("retry", [None, Retry(base=0, max_body=4), Retry(attempts=1)])
 async def test_endpoints_limit_for_the_body_is_the_one_that_counts(
     retry, engine, drive, forget_endpoints

@@ -315,6 +315,88 @@ async def test_hook_of_another_database_that_runs_at_once_forbids_another_call(e
     assert [1] == ran
 
 
+LATE = Retry(base=1e6, cap=1e6, max_elapsed=1e7)
+"""Pauses that no timeout waits for."""
+
+
+@on_sqlite
+async def test_pause_does_not_outlast_the_transaction_around(engine, caplog):
+    """G16: an attempt that would begin after the outer block's timeout isn't waited for."""
+    db = Database(engine)
+    calls = []
+
+    @db.transactional("REQUIRES_NEW", retry=LATE)
+    async def place():
+        calls.append(1)
+        await db.session.execute(insert())
+
+    with inject_conflicts(db), pytest.raises(sa.exc.DBAPIError):
+        async with db.transactional(timeout=60), db.session_scope(timeout=50):
+            await place()
+
+    assert [1] == calls
+    assert "the last one: the transaction around it has to be over by then" in caplog.text
+
+
+def test_pause_of_a_thread_does_not_outlast_the_transaction_around(sync_db, caplog):
+    """G16: the same where nobody could be woken up."""
+    calls = []
+
+    @sync_db.transactional("REQUIRES_NEW", retry=LATE)
+    def place():
+        calls.append(1)
+        sync_db.session.execute(insert())
+
+    around = sync_db.transactional(timeout=60)
+    with inject_conflicts(sync_db), pytest.raises(sa.exc.DBAPIError), around:
+        place()
+
+    assert [1] == calls
+    assert "the last one: the transaction around it has to be over by then" in caplog.text
+
+
+@on_sqlite
+@pytest.mark.parametrize("is_expired", [False, True])
+async def test_pause_does_not_outlast_the_request(is_expired, engine, drive, caplog):
+    """G16: no attempt begins after the timeout of the request's open transaction."""
+    db = Database(engine)
+    calls = []
+
+    @db.session_scope(retry=AT_ONCE if is_expired else LATE)
+    async def place():
+        calls.append(1)
+        await db.session.execute(insert())
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.select(1))
+        while is_expired and db.scope.expiry is None:
+            await asyncio.sleep(0.001)
+        await place()
+
+    with inject_conflicts(db):
+        timeout = 0.01 if is_expired else 60
+        await drive(DBSessionMiddleware(app, database=db, timeout=timeout))
+
+    assert [1] == calls
+    assert "the last one: the transaction around it has to be over by then" in caplog.text
+
+
+@on_sqlite
+async def test_request_in_process_does_not_outlast_its_caller(engine, drive, caplog):
+    """G16: a request that is served inside of a transaction has no more time than that."""
+    db = Database(engine)
+
+    async def app(scope, receive, send):
+        await db.session.execute(insert())
+
+    with inject_conflicts(db, at="INSERT"):
+        async with db.transactional(timeout=60):
+            exchange = await drive(DBSessionMiddleware(app, database=db, retry=LATE))
+
+    assert 503 == exchange.status
+    assert "the last one: the transaction around it has to be over by then" in caplog.text
+
+
 class PauseBegins(logging.Handler):
     """Tells of the pause between two attempts, by the line of the log that comes before it."""
 
