@@ -107,7 +107,8 @@ class Recording:
                     await asyncio.sleep(0)  # nor does one that never waits hold up the clock
                 await asyncio.sleep(delay)
         except TimeoutError:
-            pass
+            # Whoever was woken by the same moment goes first: what it does may forbid an attempt.
+            await asyncio.sleep(0)
         return False
 
 

@@ -261,7 +261,7 @@ class AttemptGate(ResponseGate):
     def _look_at_client(self) -> None:
         """See whether the client lets the request be replayed."""
         attempt, recording = self._attempt, self._recording
-        attempt.body_size = recording.size
+        attempt.note_body(recording.size)
         if recording.has_left:
             attempt.end(CLIENT_LEFT)
         elif recording.is_full:

@@ -191,13 +191,8 @@ class Attempt:
         retry = self.retry
         return retry is None or self.fence is not None or self.number >= retry.attempts
 
-    @property
-    def body_size(self) -> int:
-        """How many bytes of a request's body have come so far."""
-        return self._series.body_size
-
-    @body_size.setter
-    def body_size(self, size: int) -> None:
+    def note_body(self, size: int) -> None:
+        """So many bytes of a request's body have come so far."""
         self._series.body_size = size
 
     @property

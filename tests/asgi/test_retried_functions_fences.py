@@ -374,7 +374,7 @@ async def test_pause_does_not_outlast_the_request(is_expired, engine, drive, cap
         await place()
 
     with inject_conflicts(db):
-        timeout = 0.01 if is_expired else 60
+        timeout = 0.2 if is_expired else 60
         await drive(DBSessionMiddleware(app, database=db, timeout=timeout))
 
     assert [1] == calls
@@ -397,8 +397,27 @@ async def test_request_in_process_does_not_outlast_its_caller(engine, drive, cap
     assert "the last one: the transaction around it has to be over by then" in caplog.text
 
 
+@on_sqlite
+async def test_hook_of_a_scope_inside_of_a_call_waits_for_the_response(engine, drive, timeline):
+    """G16: the call is no request, but it is inside of one."""
+    db = Database(engine)
+
+    @db.transactional("REQUIRES_NEW", retry=AT_ONCE)
+    async def place():
+        async with db.session_scope():
+            db.on_commit(timeline.append, "hook", when="after_response")
+
+    async def app(scope, receive, send):
+        await place()
+        await respond(send)
+
+    await drive(DBSessionMiddleware(app, database=db))
+
+    assert ["start 200", "last body", "hook"] == timeline
+
+
 class PauseBegins(logging.Handler):
-    """Tells of the pause between two attempts, by the line of the log that comes before it."""
+    """Tells of the pause between two calls, by the line of the log that comes before it."""
 
     def __init__(self):
         super().__init__()
@@ -410,48 +429,32 @@ class PauseBegins(logging.Handler):
             self.event.set()
 
 
-@pytest.fixture
-def pause_begins(caplog):
-    """An event that is set when the pause begins."""
-    handler = PauseBegins()
-    logger = logging.getLogger("asgi_dbscope")
-    logger.addHandler(handler)
-    with caplog.at_level(logging.INFO, "asgi_dbscope"):
-        yield handler.event
-    logger.removeHandler(handler)
-
-
 @on_sqlite
-@pytest.mark.parametrize("kind", ["function", "request"])
-async def test_fence_that_comes_in_the_pause_forbids_the_next_attempt(
-    kind, engine, drive, pause_begins, caplog, rows
-):
-    """G16: what a task of the lost attempt does before the next one begins would be done twice."""
+async def test_fence_that_comes_in_the_pause_forbids_the_next_call(engine, caplog, rows):
+    """G16: what a task of the lost call does before the next one begins would be done twice."""
     db = Database(engine)
     tasks = []
     calls = []
+    pause_begins = PauseBegins()
 
     async def report():
-        await pause_begins.wait()
+        await pause_begins.event.wait()
         current_scope().fence("told somebody")
 
+    @db.session_scope(retry=AT_ONCE)
     async def place():
         calls.append(current_scope().attempt)
         tasks.append(asyncio.create_task(report()))
         await db.session.execute(insert())
 
-    async def app(scope, receive, send):
+    logging.getLogger("asgi_dbscope").addHandler(pause_begins)
+    with (
+        caplog.at_level(logging.INFO, "asgi_dbscope"),
+        inject_conflicts(db),
+        pytest.raises(sa.exc.DBAPIError),
+    ):
         await place()
-        await respond(send)
-
-    with inject_conflicts(db):
-        if kind == "function":
-            with pytest.raises(sa.exc.DBAPIError):
-                await db.session_scope(retry=AT_ONCE)(place)()
-        else:
-            exchange = await drive(DBSessionMiddleware(app, database=db, retry=AT_ONCE))
-            assert isinstance(exchange.error, sa.exc.DBAPIError)
-            assert [] == exchange.messages
+    logging.getLogger("asgi_dbscope").removeHandler(pause_begins)
     await asyncio.wait(tasks)
 
     assert [1] == calls
@@ -460,18 +463,20 @@ async def test_fence_that_comes_in_the_pause_forbids_the_next_attempt(
 
 
 @on_sqlite
-async def test_fence_that_comes_in_the_pause_is_answered_as_any_failure(
-    engine, drive, pause_begins
-):
-    """G16: who gets no other attempt is answered by `commit_error_response`, in the pause, too."""
+@pytest.mark.parametrize("status", [None, 409])
+async def test_fence_that_comes_in_the_pause_forbids_the_replay(status, engine, drive, caplog):
+    """G16: the same in a request, which is then answered as after any failure."""
     db = Database(engine)
-    tasks = []
+    tasks: list[asyncio.Task[None]] = []
+    calls = []
+    pause_begins = asyncio.Event()
 
     async def report():
         await pause_begins.wait()
         current_scope().fence("told somebody")
 
     async def app(scope, receive, send):
+        calls.append(current_scope().attempt)
         tasks.append(asyncio.create_task(report()))
         await db.session.execute(insert())
         await respond(send)
@@ -480,14 +485,27 @@ async def test_fence_that_comes_in_the_pause_is_answered_as_any_failure(
         await respond(send, 409)
 
     middleware = DBSessionMiddleware(
-        app, database=db, retry=AT_ONCE, commit_error_response=lambda scope, error: sorry
+        app,
+        database=db,
+        retry=AT_ONCE,
+        commit_error_response=lambda scope, error: None if status is None else sorry,
     )
+
+    async def at_server(scope, receive, send):
+        async def told():
+            pause_begins.set()
+            return await receive()
+
+        await middleware(scope, told, send)
+
     with inject_conflicts(db):
-        exchange = await drive(middleware)
+        exchange = await drive(at_server)
     await asyncio.wait(tasks)
 
-    assert 409 == exchange.status
-    assert exchange.error is None
+    assert [1] == calls
+    assert status == exchange.status
+    assert isinstance(exchange.error, sa.exc.DBAPIError) is (status is None)
+    assert "attempt 1 has lost, and was the last one after all: told somebody" in caplog.text
 
 
 @on_sqlite

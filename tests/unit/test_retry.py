@@ -236,3 +236,19 @@ def test_endpoints_are_known_by_the_largest_body():
         endpoints.expect(Retry(max_body=max_body))
 
     assert 30 == endpoints.max_body
+
+
+def test_what_is_over_is_nobodys_attempt_any_more():
+    """G16: a task that outlives a call is a part of the request's attempt, until that ends."""
+    request = Attempt(Retry())
+    call = Attempt(Retry(), request).following()
+
+    assert call is call.alive
+
+    call.finish()
+
+    assert request is call.alive
+
+    request.finish()
+
+    assert call.alive is None
