@@ -397,12 +397,11 @@ class Model:
         """
         hooks, refusal = session.end(outcome)
         error: BaseException | None = refusal
-        for hook, became in hooks:
-            if became not in RUNS_AFTER.get(hook.on, {became}):
-                continue
-            if hook.when == "after_response":
-                self._end_of(session).append((hook, became))
-            else:
+        due = [each for each in hooks if each[1] in RUNS_AFTER.get(each[0].on, {each[1]})]
+        # Who waits for the response does so before the others run, and register more.
+        self._end_of(session).extend(each for each in due if each[0].when == "after_response")
+        for hook, became in due:
+            if hook.when != "after_response":
                 hook_error = self._call(hook, became)
                 if hook.on_error == "raise" and not is_quiet:
                     error = error or hook_error
