@@ -93,6 +93,7 @@ def laboratory(source: AsyncEngine | sa.Engine, loop: Loop, drive: Drive) -> Ite
     observer.dispose()
 
 
+@pytest.mark.once
 def test_programs_do_what_the_model_says(laboratory):
     """G1, G3, G4, G8, G12, G19: Jobs and requests, with blocks in any tree: rows, hooks, errors and
     responses are as the model says.

@@ -23,6 +23,8 @@ from tests.block_runner import SPAN, Blocks, Run
 from tests.fix_asgi import Drive
 from tests.fix_database import Item
 
+pytestmark = pytest.mark.once
+
 CALLS = 500
 TASKS = 50
 ROUNDS = os.environ.get("DBSCOPE_TEST_ROUNDS")

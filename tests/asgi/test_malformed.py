@@ -220,6 +220,7 @@ def compare(source: Any, observer: sa.Connection, loop: Loop, retry: Retry | Non
 
 
 @pytest.mark.parametrize("retry", [None, Retry()], ids=["once", "retry"])
+@pytest.mark.once
 def test_random_programs_commit_what_was_understood(compare):
     """G1, G3, G7, G18: whatever an app sends, and whoever objects, a simple model knows the end."""
     FEW(given(programs())(compare))()

@@ -640,6 +640,7 @@ async def test_two_connections_serve_two_hundred_threads(
 
 
 @pytest.mark.parametrize("driver", ["sqlite", "psycopg"])
+@pytest.mark.once
 async def test_they_would_deadlock_in_the_threads_of_the_endpoints(
     drive: Drive, make_sync_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, driver: str
 ) -> None:

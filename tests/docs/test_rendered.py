@@ -183,6 +183,37 @@ def test_held_guarantees_have_tests(rendered, tests_by_guarantee):
     assert set() == held - set(tests_by_guarantee)
 
 
+def test_every_environment_runs_tests_of_every_guarantee(tests_by_guarantee):
+    """What tox leaves out of an environment is never all that shows a guarantee."""
+    runs = re.findall(r"-m pytest --ignore=tests/chaos (.*)", (ROOT / "tox.ini").read_text())
+    assert 4 == len(runs)
+    for run in runs:
+        left_out = tuple(f"{folder}/" for folder in re.findall(r"--ignore=(\S+)", run))
+        once = find_once() if "not once" in run else set()
+        kept = {
+            name
+            for name, tests in tests_by_guarantee.items()
+            for each in tests
+            if not each.path.startswith(("tests/chaos/", *left_out))
+            and not {each.path, f"{each.path}::{each.name}"} & once
+        }
+
+        assert set() == set(GUARANTEES) - kept
+
+
+def find_once():
+    """The tests that are marked `once`, and the files that are as a whole."""
+    found = set()
+    for path in ROOT.glob("tests/**/test_*.py"):
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text()
+        if re.search(r"^pytestmark = pytest\.mark\.once$", text, re.MULTILINE):
+            found.add(name)
+        marked = r"^@pytest\.mark\.once\n(?:@.*\n)*(?:async )?def (\w+)"
+        found |= {f"{name}::{each}" for each in re.findall(marked, text, re.MULTILINE)}
+    assert found
+    return found
+
+
 def test_tests_name_guarantees_that_exist(tests_by_guarantee):
     """No test names a guarantee that the page doesn't have."""
     assert set() == set(tests_by_guarantee) - set(GUARANTEES)

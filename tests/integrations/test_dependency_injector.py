@@ -114,6 +114,7 @@ def app(container: Container, db: Database[Any]) -> FastAPI:
 
 @pytest.mark.parametrize("kind", ["", "/threaded"], ids=["async", "sync"])
 @pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
+@pytest.mark.once
 async def test_two_hundred_requests_at_once_with_every_ending(kind, app, engine, drive, rows):
     """G12, G14: two hundred at once are committed, refused, failed or cancelled, each alone."""
     noted: list[PlaceItem] = []
@@ -137,6 +138,7 @@ async def test_two_hundred_requests_at_once_with_every_ending(kind, app, engine,
 
 
 @SQLITE
+@pytest.mark.once
 async def test_two_thousand_requests_leave_nothing_in_memory(app, drive):
     """G9: no object is left of thousands of requests: no session, no graph, nothing else."""
     noted = []

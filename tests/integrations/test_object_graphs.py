@@ -386,6 +386,7 @@ async def test_graph_that_outlives_its_request_is_told_so(build, db, drive, rows
 
 
 @SQLITE
+@pytest.mark.once
 async def test_nothing_is_kept_of_a_request(build, db, drive):
     """G9: of many requests, half of them refused, no session and no object of a graph is left."""
     noted = []

@@ -465,6 +465,7 @@ async def rush(drive: Drive, app: Any, count: int) -> list[int | None]:
 
 @pytest.mark.parametrize("driver", ["sqlite", "psycopg"])
 @pytest.mark.parametrize("make_app", [fastapi_app, starlette_app])
+@pytest.mark.once
 async def test_two_connections_serve_two_hundred_def_requests(
     drive: Drive, make_sync_engine: MakeEngine, make_app: Callable[..., Any], driver: str
 ) -> None:

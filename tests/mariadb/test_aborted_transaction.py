@@ -268,6 +268,7 @@ async def test_conflict_is_told_by_its_number(db, engine, lose, number):
 
 
 @ON_MARIADB
+@pytest.mark.once
 async def test_counter_of_many_clients_is_the_number_of_its_successes(engine, drive):
     """G16: forty requests, eight at a time, read and write one row; none is lost, none twice."""
     db = Database(engine)

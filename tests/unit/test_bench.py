@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 BENCH = Path(__file__).parents[2] / "bench"
 QUARTILES = 3
 

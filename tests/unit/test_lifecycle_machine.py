@@ -483,6 +483,7 @@ def real(tmp_path: Path) -> Iterator[RealDatabase]:
     loop.close()
 
 
+@pytest.mark.once
 def test_random_programs_end_as_the_model_says(real: RealDatabase) -> None:
     """G4, G9, G10, G19: Whatever a program does to its session, the scope and the model agree."""
 
