@@ -227,6 +227,11 @@ def cut(connection: Connection) -> bool:
     return True
 
 
+def is_lost_when_cut(dialect: Dialect) -> bool:
+    """Whether nothing more can be said on a connection after :func:`cut`."""
+    return dialect.name != "sqlite"
+
+
 def stop_thread(connection: Connection) -> None:
     """Let a driver's thread give up the statement whose task is being cancelled.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.orm.session import SessionTransactionState
 
+from asgi_dbscope import _dialects
 from asgi_dbscope._doubt import lose_answer
 from asgi_dbscope._lifecycle import Outcome, State
 from asgi_dbscope._policy import Ending
@@ -45,7 +46,7 @@ def end_transaction(
     use.begin_ending()
     try:
         if use.is_busy and not use.wait_until_free(timeout):
-            throw_away(scope, session, use)
+            _throw_away(scope, session, use)
             if ending is Ending.COMMIT and not use.is_torn:
                 raise ConcurrentSessionUseError(use.busy_message(timeout))
         elif savepoint is not None:
@@ -56,11 +57,20 @@ def end_transaction(
             scope.warn_of_loss(session, use)
             _roll_back(scope, session, use)
     except asyncio.CancelledError:  # out of grace
-        throw_away(scope, session, use)
+        _throw_away(scope, session, use)
         if ending is Ending.COMMIT:
             raise
     finally:
         use.is_torn = False
+        use.end_ending(session)
+
+
+def abandon_transaction(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
+    """End the open transaction with its connection, without a word to the database."""
+    use.begin_ending()
+    try:
+        _throw_away(scope, session, use)
+    finally:
         use.end_ending(session)
 
 
@@ -90,15 +100,17 @@ def _roll_back(scope: SessionScope[Any], session: Session, use: SessionUse) -> N
         logger.warning(
             "%s: ROLLBACK failed; the connection is thrown away", scope.label, exc_info=True
         )
-        throw_away(scope, session, use)
+        _throw_away(scope, session, use)
     finally:
         scope.is_rolling_back = False
 
 
-def throw_away(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
-    """Close the connections, which ends their transaction, without a word to the database."""
+def _throw_away(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
     use.is_closed = True
     try:
+        for connection in use.connections:  # else the session would first roll back to savepoints
+            _dialects.stop_thread(connection)
+            connection.invalidate()
         use.invalidate(session)
     except Exception:  # noqa: BLE001 - SQLAlchemy refuses while another task is connecting
         use.is_abandoned = True

@@ -22,7 +22,7 @@ from asgi_dbscope._current import (
     open_around,
 )
 from asgi_dbscope._doubt import lose_answer
-from asgi_dbscope._driver import end_transaction, throw_away
+from asgi_dbscope._driver import abandon_transaction, end_transaction
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
 from asgi_dbscope._lifecycle import (
     OPEN,
@@ -682,8 +682,8 @@ class SessionScope(Lifecycle, Generic[S]):
 
     async def end_expired(self) -> asyncio.CancelledError | None:
         """Roll back a transaction whose time is up; the head, or the block's end, is told later."""
-        if self.watch is not None and self.watch.is_being_read:
-            cancellation = await self.run(throw_away)
+        if self.watch is not None and self.watch.is_shared:
+            cancellation = await self.run(abandon_transaction)
         else:
             cancellation = await self.run(end_transaction, Ending.ROLLBACK)
         if self.agenda is not None:
@@ -693,7 +693,11 @@ class SessionScope(Lifecycle, Generic[S]):
 
     def end_expired_here(self) -> None:
         """:meth:`end_expired` of a synchronous session, in this thread."""
-        end_transaction(self, *self.in_use(), Ending.ROLLBACK)
+        session, use = self.in_use()
+        if any(_dialects.is_lost_when_cut(each.dialect) for each in use.connections):
+            abandon_transaction(self, session, use)
+        else:
+            end_transaction(self, session, use, Ending.ROLLBACK)
         self.note_end(Outcome.ROLLED_BACK)
         run_hooks_here(self, is_failing=True)
 

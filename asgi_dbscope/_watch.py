@@ -111,11 +111,15 @@ class TransactionWatch(ABC):
             self._results.append(result)
 
     @property
-    def is_being_read(self) -> bool:
-        """Whether somebody may be reading unseen, and a ROLLBACK beside that would go wrong."""
+    def _unread(self) -> list[CursorResult[Any]]:
+        """The results of server-side cursors that are open: somebody may be reading, unseen."""
+        return [each for each in self._results if not each._soft_closed]  # noqa: SLF001 - there is no public word for it
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether somebody may be at work unseen, and a ROLLBACK beside that would go wrong."""
         return any(
-            _dialects.mixes_up_answers(each.dialect)
-            and (was_handed_out(each) or any(not row._soft_closed for row in self._results))  # noqa: SLF001 - there is no public word for it
+            _dialects.mixes_up_answers(each.dialect) and (was_handed_out(each) or self._unread)
             for each in self.use.connections
         )
 
@@ -123,7 +127,7 @@ class TransactionWatch(ABC):
         """Begin to count anew where somebody is inside, or was reading rows a moment ago."""
         if self._inside is not None or self._results:
             self.use.left_at = monotonic()
-        self._results = [each for each in self._results if not each._soft_closed]  # noqa: SLF001 - there is no public word for it
+        self._results = self._unread
 
     def _look(self) -> None:
         """A moment has come; find out which."""
@@ -332,7 +336,7 @@ class ThreadWatch(TransactionWatch):
                 return
             self._forbid(error)
             is_cut = [_dialects.cut(each) for each in use.connections]
-            is_idle = self._inside is None
+            is_idle = self._inside is None and not self._unread
         if is_idle and all(is_cut):  # nothing can hang any more
             scope.end_expired_here()
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Self
 
 import pytest
@@ -132,6 +133,37 @@ async def test_sibling_that_outlives_the_deadline_is_cut_off(engine, drive, rows
     assert isinstance(outcome, Exception)
     await assert_pool_is_intact(engine, in_use=1)
     assert [] == await rows()
+
+
+ENDLESS = {
+    "sqlite": (
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    ),
+    "postgresql": "SELECT pg_sleep(30)",
+}
+
+
+@pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], indirect=True)
+async def test_sibling_in_a_savepoint_is_cut_off_as_soon(engine, drive):
+    """G22: the connection goes first, so that no savepoint is rolled back to beside a statement."""
+    db = Database(engine, cleanup_timeout=0.1)
+    statement = sa.text(ENDLESS[engine.dialect.name])
+    siblings = []
+
+    async def app(scope, receive, send):
+        await db.session.begin_nested()
+        await db.session.execute(sa.text("SELECT 1"))
+        siblings.append(asyncio.create_task(db.session.execute(statement)))
+        await asyncio.sleep(0.01)
+        await respond(send)
+
+    begun = monotonic()
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    [error] = await asyncio.gather(*siblings, return_exceptions=True)
+
+    assert isinstance(exchange.error, ConcurrentSessionUseError)
+    assert isinstance(error, sa.exc.SQLAlchemyError)
+    assert monotonic() - begun < 5
 
 
 async def test_sibling_between_two_statements_is_told(db, drive, engine, rows):

@@ -200,3 +200,32 @@ def test_statement_of_the_connection_is_not_idle(make_sync_engine):
 
     with engine.connect() as connection:
         assert [1] == connection.scalars(sa.select(Item.id)).all()
+
+
+def test_rows_that_are_read_too_late_are_the_same_error(make_sync_engine):
+    """The thread that reads them ends the transaction; nobody does beside it."""
+    engine = make_sync_engine("sqlite")
+    db = Database(engine)
+    numbers = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+    with pytest.raises(TransactionTimeoutError), db.session_scope(timeout=0.1) as session:
+        for _ in session.execute(sa.text(numbers), execution_options={"yield_per": 1}):
+            pass
+
+    assert 0 == engine.pool.checkedout()
+
+
+def test_end_of_a_transaction_that_was_cut_is_no_failed_rollback(make_sync_engine, caplog):
+    """Where the connection was cut nothing is said on it any more, about a savepoint neither."""
+    engine = make_sync_engine("psycopg")
+    db = Database(engine)
+    with (
+        pytest.raises(TransactionTimeoutError),
+        db.session_scope(timeout=0.05) as session,
+        session.begin_nested(),
+    ):
+        session.add(Item(id=1))
+        session.flush()
+        wait_for(lambda: db.scope.state is State.IDLE)
+
+    assert [] == caplog.messages
+    assert 0 == engine.pool.checkedout()
