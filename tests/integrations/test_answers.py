@@ -181,7 +181,9 @@ MAKERS = {
 @pytest.mark.parametrize("renders", [False, True], ids=["plain", "rendered"])
 @pytest.mark.parametrize("name", WORKS)
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-async def test_default_answer_wins_whatever_the_500_looks_like(db, drive, make, name, renders):
+async def test_default_answer_wins_whatever_the_500_looks_like(
+    db, drive, caplog, make, name, renders
+):
     """G14: whatever it looks like, a page that only says 500 is replaced; the app's own stays."""
     app = answering_disconnect(make(WORKS[name], {"database": db, **OPTIONS[name]}, renders))
     async with contextlib.AsyncExitStack() as stack:
@@ -191,6 +193,8 @@ async def test_default_answer_wins_whatever_the_500_looks_like(db, drive, make, 
             stack.enter_context(pytest.MonkeyPatch.context()).setattr(Admission, "enter", refuse)
         exchange = await drive(app)
 
+    answers = [each for each in caplog.messages if ": answered 50" in each]
+    assert [] == [each for each in answers if "\n" in each or "INSERT" in each]
     status = 504 if name == "late" else 503
     assert exchange.error is None
     assert (500 if renders else status) == exchange.status
