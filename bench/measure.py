@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bench import environments
 from bench.apps import Setup
-from bench.servers import POOL_SIZE, Server
+from bench.servers import POOL_SIZE, Server, ServerFailedError
 from bench.worker import Worker
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def by_group(
     groups: Sequence[str],
     seconds: float,
     measure: Callable[[Sequence[Server], Callable[[float], None]], Coroutine[Any, Any, Json]],
+    ways: Sequence[str] = (),
 ) -> list[Unit]:
     """Units of a measure that asks servers: one for each group.
 
@@ -211,14 +212,19 @@ def by_group(
         seconds: About how long it takes for each contestant.
 
         measure: Given the servers of a group; what it found.
+
+        ways: Those that take part, if not all do.
     """
 
     def unit(group: str) -> Unit:
-        contestants = bench.group(group)
+        contestants = [each for each in bench.group(group) if not ways or each.way in ways]
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
             servers = [bench.server(each) for each in contestants]
-            return asyncio.run(measure(servers, tell))
+            try:
+                return asyncio.run(measure(servers, tell))
+            except (OSError, EOFError) as error:  # a timeout, a connection that broke
+                raise ServerFailedError(f"{group}: {error!r}") from error
 
         names = [each.name for each in contestants]
         return Unit(group, names, seconds * len(contestants), run)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from bench.charts import draw, image
 from bench.correct import LIE, liars
-from bench.targets import COLUMNS, TARGETS
+from bench.targets import COLUMNS, GROUP, TARGETS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,9 @@ def tables(results: Results, measures: Sequence[Measure]) -> list[Table]:
 def page(results: Results, measures: Sequence[Measure], contestants: Sequence[Contestant]) -> str:
     """The page."""
     titles = Titles(contestants, liars(results))
-    parts = [HEAD, ABOUT_TARGETS, _table(["", *COLUMNS], [each.row(results) for each in TARGETS])]
+    racing = [each.name for each in contestants if each.group == GROUP]
+    targets = [each.row(results, racing) for each in TARGETS]
+    parts = [HEAD, ABOUT_TARGETS, _table(["", *COLUMNS], targets)]
     if titles.liars:
         parts.append(f"{LIE} answers 200 to a request whose COMMIT fails.\n")
     for measure in measures:

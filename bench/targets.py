@@ -11,6 +11,8 @@ from bench.measures.hold import CROWDS, OCCASIONS, is_slowed
 from bench.measures.throughput import ratio
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from bench.results import Results
 
 GROUP = "asgi"
@@ -46,9 +48,9 @@ class Target:
     goal: float
     read: Read
 
-    def row(self, results: Results) -> list[str]:
-        """Its row of the table."""
-        found = {name: self._value(results, name) for name in names(results)}
+    def row(self, results: Results, names: Iterable[str]) -> list[str]:
+        """Its row of the table; *names* are those of the contestants."""
+        found = {name: self._value(results, name) for name in names if name != BARE}
         by_hand, ours = found.pop(BY_HAND, None), found.pop(OURS, None)
         best = min((value for value in found.values() if value is not None), default=None)
         met = "not measured" if ours is None else "met" if ours <= self.goal else "**not met**"
@@ -60,12 +62,6 @@ class Target:
             return self.read(results, name)
         except KeyError:
             return None
-
-
-def names(results: Results) -> list[str]:
-    """Who was measured without a framework, the bare app apart."""
-    found = results.found("latency").get(f"asyncio {GROUP}", {})
-    return [name for name in found.get("select", {}) if name != BARE]
 
 
 def _times(results: Results, route: str, name: str) -> list[float]:
