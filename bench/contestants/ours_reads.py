@@ -28,7 +28,7 @@ def make(setup: Setup) -> Application:
     engine = setup.async_engine()
     url = make_url(setup.url).set(drivername="postgresql+asyncpg")
     reads = create_async_engine(url, **read_only_options(url, **setup.pool))
-    handlers = asked(current_session, operations(asgi, setup))
+    handlers = asked(current_session, operations(asgi))
     handlers["select"] = session_options(read_only=True)(handlers["select"])
     database = Database(engine, reads=reads)
     return Application(DBSessionMiddleware(asgi.app(handlers), database=database), engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import statistics
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from bench.apps import Setup
 from bench.contestants import by_name
 from bench.delay import delayed
 from bench.measure import Bench, Json, Table, Unit
+from bench.measures.instructions import at_once
 from bench.measures.latency import interleave
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 CONTESTANTS = ("asgi.by_hand", "asgi.ours", "asgi.ours_reads")
 DELAYS = {"a unix socket": 0.0, "1 ms more to the server": 0.001}
+COUNTED = "instructions"
 
 
 class Reads:
@@ -32,10 +35,16 @@ class Reads:
 
     def units(self, bench: Bench) -> list[Unit]:
         rounds = int(bench.budget(60, 5))
-        return [self._unit(where, delay, rounds) for where, delay in DELAYS.items()]
+        units = [self._unit(where, delay, rounds) for where, delay in DELAYS.items()]
+        if shutil.which("valgrind"):
+            units.append(Unit(COUNTED, CONTESTANTS, 10 * len(CONTESTANTS), self._count))
+        return units
+
+    def _count(self, bench: Bench, _tell: Callable[[float], None]) -> Json:
+        return at_once(bench, {by_name(each): ["select"] for each in CONTESTANTS})
 
     def _unit(self, where: str, delay: float, rounds: int) -> Unit:
-        batch_seconds = 0.02 + 10 * delay
+        batch_seconds = 0.02 + 50 * delay
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
             with contextlib.ExitStack() as stack:
@@ -53,7 +62,15 @@ class Reads:
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         columns = ("time", "CPU", "time, by hand = 1", "CPU, by hand = 1")
-        return [Table(where, columns, _rows(samples)) for where, samples in found.items()]
+        tables = [Table(where, columns, _rows(found[where])) for where in DELAYS if where in found]
+        if COUNTED in found:
+            counted = {name: routes["select"] for name, routes in found[COUNTED].items()}
+            rows = {
+                by_name(name).title: [f"{count:,.0f}", f"{count / counted[CONTESTANTS[0]]:.2f}"]
+                for name, count in counted.items()
+            }
+            tables.append(Table(COUNTED, ("a SELECT", "by hand = 1"), rows))
+        return tables
 
 
 def _rows(samples: Mapping[str, Any]) -> dict[str, list[str]]:
