@@ -189,7 +189,9 @@ class Attempt:
     def is_last(self) -> bool:
         """Whether no other attempt at this can follow."""
         retry = self.retry
-        return retry is None or self.fence is not None or self.number >= retry.attempts
+        if retry is None or self.fence is not None or self.number >= retry.attempts:
+            return True
+        return monotonic() > self._series.begun_at + retry.max_elapsed
 
     def note_body(self, size: int) -> None:
         """So many bytes of a request's body have come so far."""
@@ -210,7 +212,7 @@ class Attempt:
         """Why no other attempt follows, for the log."""
         if self.fence is not None:
             return self.fence
-        if self.is_last:
+        if self.retry is None or self.number >= self.retry.attempts:
             return "no attempt is left"
         return OUT_OF_TIME if self._is_out_of_time else "max_elapsed is over"
 

@@ -8,7 +8,7 @@ import litestar
 import pytest
 import sqlalchemy as sa
 from fastapi import Depends, FastAPI, HTTPException
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 from litestar import Litestar, post
 from litestar.middleware import DefineMiddleware
 from pydantic import BaseModel
@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 from asgi_dbscope import Database, DBSessionMiddleware, ReplayedError, Retry, current_scope
 from asgi_dbscope.testing import inject_conflicts
-from tests.fix_asgi import http_scope
+from tests.fix_asgi import body, http_scope, start
 from tests.fix_database import Item
 from tests.fix_frameworks import answering_disconnect, wrapped
 
@@ -218,15 +218,20 @@ async def test_fastapi_stream_of_the_body_is_sent_by_the_attempt_that_won(db, dr
     app = FastAPI()
     app.add_middleware(DBSessionMiddleware, database=db, retry=AT_ONCE)
 
-    @app.post("/orders")
-    async def echo(request: Request) -> StreamingResponse:
-        await write(db, 7)
-        return StreamingResponse(request.stream())
+    class Echo(Response):
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            await send(start(200))
+            async for chunk in Request(scope, receive).stream():
+                await send(body(chunk, more=True))
+            await send(body())
 
-    scope, messages = posted({"number": 7})
-    scope["asgi"]["spec_version"] = "2.4"  # else Starlette reads in two places at once
+    @app.post("/orders")
+    async def echo() -> Response:
+        await write(db, 7)
+        return Echo()
+
     with inject_conflicts(db):
-        exchange = await drive(app, scope, received=messages)
+        exchange = await post_order(drive, app)
 
     assert (200, b'{"number": 7}') == (exchange.status, exchange.body)
 

@@ -203,6 +203,16 @@ def test_attempt_knows_whether_it_is_the_last_one():
     assert (True, True) == (inner.is_last, first.is_last)
 
 
+def test_attempt_that_took_all_the_time_is_the_last_one():
+    """G16: whoever asks after `max_elapsed` is told that nothing follows."""
+    attempt = Attempt(Retry(max_elapsed=0))
+
+    while not attempt.is_last:
+        """The clock has a resolution."""
+
+    assert (None, "max_elapsed is over") == (attempt.delay(), attempt.why_last)
+
+
 def test_last_attempt_of_a_part_is_not_the_last_of_all():
     """G16: a call's last attempt is made again with the request that it is a part of."""
     request = Attempt(Retry(attempts=2))
