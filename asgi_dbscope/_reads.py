@@ -251,9 +251,10 @@ def check_untouched(scope: SessionScope[Any], connections: list[Connection]) -> 
         driver = connection.connection.dbapi_connection
         if not _dialects.is_held_read_only(driver) or _dialects.is_in_transaction(driver):
             msg = (
-                f"{scope!r} is read-only, and its code has made the connection writable by hand, "
-                "or begun a transaction by hand, which was rolled back. What it wrote before that "
-                "may be kept. Leave such statements to a request that isn't read-only."
+                f"{scope!r} is read-only, and its connection isn't any more: its code has made it "
+                "writable by hand, or begun a transaction by hand, which was rolled back; or the "
+                "replica became a primary. What was written before that may be kept. Leave such "
+                "statements to a request that isn't read-only."
             )
             raise ReadOnlyError(msg)
 
