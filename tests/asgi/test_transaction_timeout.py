@@ -392,6 +392,16 @@ async def test_cancellation_of_the_users_own_stays_one(db):
         await task
 
 
+@pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
+async def test_shorter_timeout_of_the_users_own_is_none_of_ours(db):
+    """G10: an `asyncio.timeout()` around a statement says so itself, and the scope rolls back."""
+    with pytest.raises(TimeoutError) as raised:
+        async with db.session_scope(timeout=30) as session, asyncio.timeout(0.05):
+            await session.execute(SLOW)
+
+    assert TimeoutError is raised.type
+
+
 async def test_autocommit_has_no_transaction_to_limit(db, drive, rows):
     """In mode "autocommit" bare statements have no limit."""
 
