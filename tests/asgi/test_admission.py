@@ -12,9 +12,10 @@ from asgi_dbscope import (
     Database,
     DBSessionMiddleware,
     Retry,
+    current_scope,
     current_session,
 )
-from asgi_dbscope._admission import Admission, ReadAhead
+from asgi_dbscope._admission import Admission, AdmittedRequest, ReadAhead
 from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Item
 
@@ -480,6 +481,29 @@ async def test_message_that_was_looked_for_goes_to_the_app_that_asks():
     assert not again.done()
     again.cancel()
     receive.close()
+
+
+async def test_turn_that_comes_after_the_response_is_the_next_ones(db):
+    """G14: nobody would give back the place of a request that has answered without it."""
+    admission = Admission(1, None, 10.0)
+    never: Any = asyncio.Event().wait
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await admission.enter(ReadAhead(never), "GET /")
+    request = AdmittedRequest(admission, never, send, None)
+    async with db.session_scope():
+        entering = asyncio.create_task(request.enter(current_scope()))
+        await until(lambda: "1 waiting" in repr(admission))
+        await request.send(start(200))
+        admission.leave()
+        await entering
+    request.close()
+
+    assert not request.is_inside
+    assert "<Admission: 0 of 1 inside, 0 waiting>" == repr(admission)
 
 
 async def test_state_shows():

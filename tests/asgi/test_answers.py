@@ -131,6 +131,23 @@ async def test_plain_500_without_a_body_is_kept_back(db, drive):
     assert [(None, 503)] * 3 == [(each.error, each.status) for each in exchanges]
 
 
+async def test_plain_500_is_followed_by_what_is_no_body(db, drive):
+    """G18: a 500 whose body can't be looked at goes out as it is."""
+    file = {"type": "http.response.pathsend", "path": "/a/page"}
+
+    async def app(scope, receive, send):
+        assert db.session
+        try:
+            raise PoolExhaustedError("busy")
+        except PoolExhaustedError:
+            await send(start(500))
+            await send(file)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert [start(500), file] == exchange.messages
+
+
 def fail(send):
     """Fail."""
     raise ZeroDivisionError

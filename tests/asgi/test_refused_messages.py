@@ -6,7 +6,7 @@ import contextlib
 import pytest
 
 from asgi_dbscope import DBSessionMiddleware, MalformedMessageError
-from tests.fix_asgi import body, respond, start
+from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Item
 
 UNWELCOME = start(200, headers=[(b"content-length", b"-1")])
@@ -87,6 +87,48 @@ async def test_body_that_was_refused_is_not_the_end(db, drive, rows):
     await drive(DBSessionMiddleware(app, database=db), on_send=objecting)
 
     assert [1] == await rows()
+
+
+async def test_trailers_after_a_body_that_was_refused_are_no_end(db, drive, rows):
+    """G7: without the end of the body there is none of its trailers."""
+
+    async def objecting(message):
+        if message["type"] == "http.response.body":
+            raise ValueError("too long")
+
+    async def app(scope, receive, send):
+        await send(start(200, trailers=True))
+        db.session.add(Item(id=1))
+        with contextlib.suppress(ValueError):
+            await send(body(b"too long"))
+        await send({"type": "http.response.trailers", "headers": []})
+
+    scope = http_scope(extensions={"http.response.trailers": {}})
+    await drive(DBSessionMiddleware(app, database=db), scope, on_send=objecting)
+
+    assert [] == await rows()
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        {"type": "http.response.pathsend", "path": "/a/file"},
+        {"type": "http.response.zerocopysend", "file": 3},
+    ],
+    ids=lambda message: message["type"],
+)
+async def test_file_that_the_server_has_not_offered_to_send_commits_nothing(db, drive, rows, last):
+    """G7: the server would refuse it, and the body end torn."""
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        db.session.add(Item(id=1))
+        await send(last)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert isinstance(exchange.error, MalformedMessageError)
+    assert [] == await rows()
 
 
 async def test_head_that_may_have_gone_out_counts_as_sent(db, drive, rows):
