@@ -126,7 +126,7 @@ def _versions(ran: list[tuple[Row, Found]]) -> str:
     for name in ran[0][1]["versions"]:
         labels: dict[str, list[str]] = {}
         for row, found in ran:
-            labels.setdefault(found["versions"][name], []).append(row.label)
+            labels.setdefault(found["versions"].get(name, "unknown"), []).append(row.label)
         usual = max(labels, key=lambda version: len(labels[version]))
         others = [
             f"{version} for {', '.join(of)}" for version, of in labels.items() if version != usual

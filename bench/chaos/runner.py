@@ -180,7 +180,11 @@ class Run:
         try:
             deadline = time.monotonic() + CALM
             while True:
-                state = await app.state()
+                try:
+                    state = await app.state()
+                except RuntimeError:
+                    self.results.left["apps that didn't answer"] += 1
+                    return
                 state["idle in transaction"] = await _count_backends(
                     connection, "idle in transaction%"
                 )
@@ -198,14 +202,17 @@ class Run:
     async def _try_next(self, port: int) -> None:
         """Ordinary requests, one after the other."""
         client = Client(port)
-        for _ in range(TRIED):
+        self.results.next_tried += TRIED
+        for number in range(TRIED):
             one, other = self._chance.sample(range(ledger.ACCOUNTS), 2)
             content = {"id": next(self._ids), "sender": one, "recipient": other}
             answer = await client.request("POST", f"/transfers/{content['id']}", content)
-            self.results.next_tried += 1
             if answer.status != 201:  # noqa: PLR2004
-                self.results.next_failed += 1
+                # Who doesn't answer one isn't asked for the others.
+                self.results.next_failed += TRIED - number if answer.is_hung else 1
                 self.results.named.append({"next": answer.status, "body": str(answer.body)})
+            if answer.is_hung:
+                break
         client.leave()
 
     async def _settle_accounts(

@@ -36,7 +36,7 @@ log = logging.getLogger("bench.chaos")
 COMMAND_TIMEOUT = 1.5
 """Seconds until the driver gives up waiting for an answer."""
 
-DISTRIBUTIONS = ("sqlalchemy", "asyncpg", "fastapi", "starlette", "uvicorn")
+DISTRIBUTIONS = ("sqlalchemy", "asyncpg", "psycopg", "fastapi", "starlette", "uvicorn")
 """Whose versions the results name."""
 
 CONNECT_ARGS: dict[str, dict[str, Any]] = {

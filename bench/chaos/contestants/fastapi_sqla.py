@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import fastapi_sqla
+import structlog
 from fastapi import FastAPI
 from fastapi_sqla import AsyncSessionDependency, async_sqla, open_async_session
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -14,6 +15,9 @@ from bench.chaos.app import Contestant
 
 def make(engine: AsyncEngine) -> Contestant:
     """The app."""
+    # Where rich is installed, structlog draws each traceback with it, which takes a second.
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    structlog.configure(processors=[plain])
     # It makes its engine from the environment, where the driver's options have no place.
     os.environ["sqlalchemy_url"] = engine.url.render_as_string(hide_password=False)  # noqa: SIM112
     async_sqla.new_async_engine = lambda *_: engine
