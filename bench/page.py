@@ -68,6 +68,8 @@ def write_page(
     titles = Titles(contestants, liars(results))
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page(results, measures, contestants))
+    for left in (file.parent / CHARTS).glob("*.svg"):
+        left.unlink()
     for table in tables(results, measures):
         for chart in table.charts:
             draw(chart, titles.of([*chart.values]), file.parent / CHARTS)
@@ -139,7 +141,8 @@ def _where(results: Results, contestants: Sequence[Contestant]) -> list[str]:
     machine, versions = results.about["machine"], results.about["versions"]
     low, high = results.loads()
     rows = []
-    for environment, found in versions.items():
+    for environment, installed in versions.items():
+        found = {name.replace("_", "-"): version for name, version in installed.items()}
         own = [
             name
             for each in contestants

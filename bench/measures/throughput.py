@@ -49,7 +49,7 @@ class Throughput:
         # Without a framework in the way there is more to see.
         frameworks = [group for group in GROUPS if group != "asgi"]
         return [
-            *self._units(bench, ["asgi"], {"none": 3, "select": 9, "insert": 5}),
+            *self._units(bench, ["asgi"], {"none": 2, "select": 8, "insert": 4}),
             *self._units(bench, frameworks, {"select": 2}),
         ]
 
