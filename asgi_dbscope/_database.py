@@ -603,15 +603,19 @@ class Database(Generic[S]):
             self._watched_dialects.add(connection.dialect)
         watch(connection, scope)
 
-    def check_transactional(self, engine: Engine) -> None:
-        """Refuse an *engine* without transactions; each is asked once.
+    def check_transactional(self, connection: Connection) -> None:
+        """Refuse a *connection* of an engine without transactions; each engine is asked once.
 
         Raises:
             ConfigurationError: If it is AUTOCOMMIT by itself.
         """
-        if engine is not self._transactional_engine:
-            _dialects.check_transactional(engine)
-            self._transactional_engine = engine
+        if connection.engine is not self._transactional_engine:
+            try:
+                _dialects.check_transactional(connection.engine)
+            except ConfigurationError:
+                connection.invalidate()  # a session has it by now; who swallows this would go on
+                raise
+            self._transactional_engine = connection.engine
 
     def source_of(self, options: ScopeOptions) -> Database[S] | Reads:
         """Where the connections of a scope with *options* come from."""

@@ -476,7 +476,7 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
         scope.got_second_connection()
     shape = scope.shape
     if not (shape.is_autocommit or shape.uses_reads):
-        scope.database.check_transactional(connection.engine)
+        scope.database.check_transactional(connection)
     if use.is_committing:  # the first change was made by a listener of the user's
         scope.note_commit()
     if not shape.shapes_nothing:

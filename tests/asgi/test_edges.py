@@ -1,6 +1,7 @@
 """Ways of using a session that meet the scope at an edge."""
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 import sqlalchemy as sa
@@ -15,7 +16,7 @@ from asgi_dbscope import (
     WebSocketSessionError,
     current_scope,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import Item
 
 
@@ -76,6 +77,26 @@ async def test_engine_that_is_autocommit_is_refused_where_a_transaction_is_asked
 
     assert isinstance(exchange.error, ConfigurationError)
     assert "mode='autocommit'" in str(exchange.error)
+    assert [] == await rows()
+
+
+async def test_engine_that_is_autocommit_is_refused_again_where_that_is_swallowed(
+    make_engine, engine, drive, rows
+):
+    """G3: a statement after the refusal finds no connection to be durable on."""
+    autocommit = make_engine(engine.dialect.driver.replace("aio", ""), isolation_level="AUTOCOMMIT")
+    db = Database(autocommit)
+
+    async def app(scope, receive, send):
+        for _ in range(2):
+            with suppress(ConfigurationError, sa.exc.PendingRollbackError):
+                await db.session.execute(sa.insert(Item).values(id=1))
+        await respond(send, 500)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    await autocommit.dispose()
+
+    assert 500 == exchange.status
     assert [] == await rows()
 
 
