@@ -25,7 +25,7 @@ WAYS = (
 )
 """The files, in the order of the tables."""
 
-ASIDE = ("ours_reads",)
+ASIDE = ("ours_reads", "blocks", "databases", "in_doubt")
 """Files of contestants that one measure alone asks for, by their names."""
 
 

@@ -51,7 +51,12 @@ async def batch(served: Served, route: str, requests: int) -> tuple[float, float
 class Latency:
     name = "latency"
     title = "Time"
-    about = "Microseconds for one request, in process: medians, and quartiles in brackets."
+    about = (
+        "Microseconds for one request, in process, without a server: medians. In brackets, without "
+        "a statement: how many more than the bare app; with one: the ratio to by hand, with its "
+        "quartiles. Both are of pairs of one round, as the contestants of a framework take turns. "
+        "*Wall* is with the wait for the database, *cpu* is this process's alone."
+    )
     needs: Sequence[str] = ()
 
     def units(self, bench: Bench) -> list[Unit]:
@@ -124,15 +129,37 @@ def charts(unit: str, routes: Mapping[str, Any]) -> list[Bars]:
     ]
 
 
+ABOVE = ("none", "unused")
+"""The routes that are told by what they take above the bare app; the others beside by hand."""
+
+
 def rows(routes: Mapping[str, Any], kind: str) -> dict[str, list[str]]:
+    """Medians; in brackets what the pairs of one round say, and their quartiles."""
     names = dict.fromkeys(name for samples in routes.values() for name in samples)
     return {
         name: [
-            f"{statistics.median(samples[name][kind]):,.2f}" if name in samples else ""
-            for samples in routes.values()
+            _cell(routes, route, name, kind) if name in routes[route] else "" for route in routes
         ]
         for name in names
     }
+
+
+def _cell(routes: Mapping[str, Any], route: str, name: str, kind: str) -> str:
+    own = routes[route][name][kind]
+    group, _, _ = name.partition(".")
+    told = f"{statistics.median(own):,.1f}"
+    if route in ABOVE:
+        other = routes["none"].get(f"{group}.bare")
+        if other is None or name == f"{group}.bare":
+            return told
+        more = [a - b for a, b in zip(own, other[kind], strict=True)]
+        return f"{told} (+{statistics.median(more):,.1f})"
+    other = routes[route].get(f"{group}.by_hand")
+    if other is None or name == f"{group}.by_hand":
+        return told
+    ratios = [a / b for a, b in zip(own, other[kind], strict=True)]
+    low, high = quartiles(ratios)
+    return f"{told} ({statistics.median(ratios):.3f}: {low:.3f} to {high:.3f})"
 
 
 MEASURE = Latency()

@@ -20,7 +20,8 @@ def make(engine: AsyncEngine) -> Contestant:
     )
 
     async def get_session() -> AsyncSession:
-        return await db_session(connection)
+        session: AsyncSession = await db_session(connection)
+        return session
 
     @asynccontextmanager
     async def own(_: AsyncSession) -> AsyncIterator[AsyncSession]:

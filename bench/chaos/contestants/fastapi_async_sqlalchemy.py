@@ -14,7 +14,8 @@ def make(engine: AsyncEngine) -> Contestant:
     """The app."""
 
     async def get_session() -> AsyncSession:
-        return db.session
+        session: AsyncSession = db.session
+        return session
 
     @asynccontextmanager
     async def own(_: AsyncSession) -> AsyncIterator[AsyncSession]:

@@ -6,19 +6,18 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbscope import CommitInDoubtError, Database, DBSessionMiddleware
 from bench.chaos.app import IN_DOUBT, OUTCOME, Contestant, disposing
 
 
 def make(
-    engine: AsyncEngine,
+    engine: Any,
     database_options: Mapping[str, Any] = MappingProxyType({}),
     options: Mapping[str, Any] = MappingProxyType({}),
     lifespan: Any = None,
 ) -> Contestant:
-    """The app; *options* are the middleware's, the *lifespan* is that of an asynchronous engine."""
+    """The app, with an engine of either kind; *options* are the middleware's."""
     db = Database(engine, cleanup_timeout=2.0, **database_options)
 
     def answer(scope: Any, error: BaseException) -> JSONResponse | None:  # noqa: ARG001

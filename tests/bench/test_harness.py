@@ -1,0 +1,107 @@
+"""Contestants answer, measures measure, and a run that was interrupted goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.apps import Setup
+from bench.contestants import by_name, contestants
+from bench.database import database
+from bench.measure import Bench
+from bench.measures.correctness import PROBES, count, is_wrong
+from bench.measures.growth import grown
+from bench.measures.latency import ROUTES, batch, takes_part
+from bench.served import Served
+from bench.worker import WorkerFailedError
+
+HERE = [each for each in contestants() if each.environment == "main"]
+"""Those whose packages the tests have, too."""
+
+REQUESTS = ("none", "unused", "select", "insert")
+BLOCKS = ("joined", "nested", "new")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def url(postgres_url):
+    """A database with the tables."""
+    with database(postgres_url) as url:
+        yield url
+
+
+async def dispose(served: Served) -> None:
+    """Close its connections, of either kind."""
+    if (disposing := served.engine.dispose()) is not None:
+        await disposing
+
+
+@pytest.mark.parametrize("contestant", HERE, ids=lambda each: each.name)
+async def test_every_contestant_answers_every_route(contestant, url):
+    """What is measured is the same answer of everyone."""
+    served = Served(contestant.make(Setup(url)))
+    routes = [route for route in ROUTES if takes_part(contestant, route)]
+    async with served.lifespan():
+        answers = [await served.ask(route) for route in routes]
+    await dispose(served)
+
+    assert [(200, None)] * len(routes) == [(each.status, each.error) for each in answers]
+    assert all(b"item" in each.body for each in answers)
+
+
+@pytest.mark.parametrize("way", ["ours", "by_hand"])
+async def test_correctness_tells_who_lies(way, url):
+    """G1, G2, G3, G21: Ours is right in every probe; by hand an aborted transaction is missed."""
+    served = Served(by_name(f"starlette.{way}").make(Setup(url)))
+    found = {}
+    async with served.lifespan():
+        for route, row in PROBES.items():
+            before = count(url, row)
+            answer = await served.ask(route)
+            found[route] = {"status": answer.status, "rows": count(url, row) - before}
+    await dispose(served)
+
+    wrong = [route for route, each in found.items() if is_wrong(route, each)]
+    assert (["swallow"] if way == "by_hand" else []) == wrong
+
+
+def test_request_and_block_leave_nothing_to_the_cycle_collector(url):
+    """G9: Reference counts free all of a request and of a block, whatever it did."""
+    bench = Bench(url, [])
+    found = {}
+    for name, routes in (("asgi.ours", REQUESTS), ("asgi.blocks-ours", BLOCKS)):
+        with bench.worker(by_name(name)) as worker:
+            for route in routes:
+                found[route] = worker.call(grown, route, 40)["cyclic"]
+
+    assert dict.fromkeys(found, 0.0) == found
+
+
+def test_worker_that_fails_says_why(url):
+    """What a contestant's process raises is told, with the contestant's name."""
+    with (
+        pytest.raises(WorkerFailedError, match=r"asgi\.bare.*\n(.*\n)*KeyError: 'select'"),
+        Bench(url, []).worker(by_name("asgi.bare")) as worker,
+    ):
+        worker.call(batch, "select", 1)
+
+
+def test_run_is_written_down_and_goes_on(url, tmp_path):
+    """A unit that is done isn't run again; the page is made of what was found."""
+    command = [
+        *(sys.executable, "-m", "bench", "--quick", "--no-install", "--database", url),
+        *("--results", tmp_path / "results.json", "--page", tmp_path / "page.md"),
+        *("--only", "in_doubt"),
+    ]
+    subprocess.run(command, check=True, cwd=ROOT, env={"PATH": ""})
+    told = subprocess.run(
+        [*command, "--list"], check=True, cwd=ROOT, env={"PATH": ""}, stdout=subprocess.PIPE
+    )
+
+    assert b"in_doubt/asyncio\tdone\n" == told.stdout
+    written = json.loads((tmp_path / "results.json").read_text())
+    assert ["in_doubt"] == list(written["measures"])
+    assert "| one INSERT, committed |" in (tmp_path / "page.md").read_text()
