@@ -27,8 +27,8 @@ STATE = "/-/state"
 POOL_SIZE = 5
 """Of each server, which has no overflow."""
 
-PATIENCE = 60.0
-"""Seconds until what a server should do counts as not done."""
+PATIENCE = 180.0
+"""Seconds until what a server should do counts as not done; a dozen start at the same time."""
 
 
 class ServerFailedError(Exception):
