@@ -8,7 +8,7 @@ import sys
 import tracemalloc
 from typing import TYPE_CHECKING
 
-from bench.measure import ASYNC_GROUPS, Bench, Json, Table, Unit
+from bench.measure import Bench, Json, Table, Unit
 from bench.measures.latency import ROUTES, takes_part
 from bench.served import receive
 
@@ -64,7 +64,7 @@ class Allocations:
     needs: Sequence[str] = ()
 
     def units(self, bench: Bench) -> list[Unit]:
-        groups = ASYNC_GROUPS[:1] if bench.is_quick else ASYNC_GROUPS
+        groups = ("asgi",) if bench.is_quick else ("asgi", "fastapi")
         return [self._unit(bench, group) for group in groups]
 
     def _unit(self, bench: Bench, group: str) -> Unit:

@@ -44,8 +44,8 @@ class Concurrency:
 
     def units(self, bench: Bench) -> list[Unit]:
         contestants = bench.group("asgi")
-        rounds = int(bench.budget(7, 1))
-        requests = int(bench.budget(1_000, 100))
+        rounds = int(bench.budget(3, 1))
+        requests = int(bench.budget(600, 100))
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
             found: dict[str, dict[str, Any]] = {route: {} for route in RACES}

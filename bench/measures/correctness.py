@@ -9,7 +9,7 @@ from sqlalchemy import create_engine, func, make_url, select
 from sqlalchemy.pool import NullPool
 
 from bench.apps import Item
-from bench.measure import Bench, Json, Table, Unit
+from bench.measure import GROUPS, Bench, Json, Table, Unit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +45,7 @@ class Correctness:
     needs: Sequence[str] = ()
 
     def units(self, bench: Bench) -> list[Unit]:
-        groups = dict.fromkeys(each.group for each in bench.contestants)
+        groups = GROUPS[:1] if bench.is_quick else GROUPS
         return [self._unit(bench, group) for group in groups]
 
     def _unit(self, bench: Bench, group: str) -> Unit:
@@ -54,7 +54,7 @@ class Correctness:
         def run(bench: Bench, _tell: Callable[[float], None]) -> Json:
             return {each.name: probed(bench, each) for each in contestants}
 
-        return Unit(group, [each.name for each in contestants], 2.0 * len(contestants), run)
+        return Unit(group, [each.name for each in contestants], 1.5 * len(contestants), run)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         columns = ("a COMMIT that fails", "a 500 after a write", "an SQL error that was swallowed")

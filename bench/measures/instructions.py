@@ -87,7 +87,8 @@ class Instructions:
     needs: Sequence[str] = ("valgrind",)
 
     def units(self, bench: Bench) -> list[Unit]:
-        return [self._unit(bench, group) for group in ("asgi", "fastapi")]
+        groups = ("asgi",) if bench.is_quick else ("asgi", "fastapi")
+        return [self._unit(bench, group) for group in groups]
 
     def _unit(self, bench: Bench, group: str) -> Unit:
         routes = list(ROUTES)[:: 3 if bench.is_quick else 1]
@@ -99,7 +100,7 @@ class Instructions:
         def run(bench: Bench, _tell: Callable[[float], None]) -> Json:
             return at_once(bench, asked)
 
-        seconds = len(asked) * (10 if group == "asgi" else 15)
+        seconds = len(asked) * (8 if group == "asgi" else 10)
         return Unit(group, [each.name for each in asked], seconds, run)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:

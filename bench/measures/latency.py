@@ -9,7 +9,7 @@ import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from bench.measure import Bars, Bench, Json, Table, Unit, quartiles
+from bench.measure import GROUPS, Bars, Bench, Json, Table, Unit, quartiles
 from bench.worker import LOOPS, Worker
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ ROUTES = {
     "select": "one SELECT",
     "insert": "one INSERT, committed",
 }
+RACES = {"asyncio": GROUPS, "uvloop": ("asgi", "fastapi")}
+"""By event loop: the groups that are measured on it."""
+
+ROUNDS = {"asyncio": 40, "uvloop": 20}
 WARM = 20
 """Requests before it counts."""
 
@@ -60,12 +64,13 @@ class Latency:
     needs: Sequence[str] = ()
 
     def units(self, bench: Bench) -> list[Unit]:
-        groups = list(dict.fromkeys(each.group for each in bench.contestants))
-        return [self._unit(bench, loop, group) for loop in LOOPS for group in groups]
+        if bench.is_quick:
+            return [self._unit(bench, "asyncio", "asgi")]
+        return [self._unit(bench, loop, group) for loop in LOOPS for group in RACES[loop]]
 
     def _unit(self, bench: Bench, loop: str, group: str) -> Unit:
         contestants = bench.group(group)
-        rounds = int(bench.budget(60 if loop == "asyncio" else 30, 3))
+        rounds = int(bench.budget(ROUNDS[loop], 3))
         batch_seconds = bench.budget(0.015, 0.002)
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
