@@ -27,7 +27,11 @@ def without(framework: Framework) -> Handlers:
 
         return handle
 
-    return {"none": none} | {route: stream(body) for route, body in BODIES.items()}
+    return {"none": none, "unused": none} | {route: stream(body) for route, body in BODIES.items()}
+
+
+def sync_without() -> Handlers:
+    return {"none": sync_none, "unused": sync_none}
 
 
 def by_hand(factory: async_sessionmaker[AsyncSession], operations: Operations) -> Handlers:

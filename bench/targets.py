@@ -70,10 +70,10 @@ def _times(results: Results, route: str, name: str) -> list[float]:
 
 
 def time_above_bare(route: str) -> Read:
-    """Microseconds above the bare app."""
-    return lambda results, name: (
-        statistics.median(_times(results, route, name))
-        - statistics.median(_times(results, "none", BARE))
+    """Microseconds above the bare app, in pairs of one round."""
+    return lambda results, name: statistics.median(
+        a - b
+        for a, b in zip(_times(results, route, name), _times(results, route, BARE), strict=True)
     )
 
 

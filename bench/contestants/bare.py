@@ -6,12 +6,12 @@ from functools import partial
 
 from bench.apps import Application, Setup, framework
 from bench.contestant import Contestant
-from bench.handlers import sync_none, without
+from bench.handlers import sync_without, without
 
 
 def make(name: str, setup: Setup, *, is_sync: bool = False) -> Application:
     module = framework(name)
-    handlers = {"none": sync_none} if is_sync else without(module)
+    handlers = sync_without() if is_sync else without(module)
     return Application(module.app(handlers), setup.async_engine())
 
 

@@ -1,8 +1,8 @@
-"""The package dishka: a provider that yields the session, then commits."""
+"""The package dishka: a provider that yields the session, is sent what failed, and commits."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable  # noqa: TC003 - dishka reads annotations
+from collections.abc import AsyncGenerator  # noqa: TC003 - dishka reads annotations
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -21,9 +21,11 @@ def make(name: str, setup: Setup) -> Application:
     engine = setup.async_engine()
     session_factory = async_sessionmaker(engine, expire_on_commit=False)
 
-    async def get_session() -> AsyncIterable[AsyncSession]:
-        async with session_factory() as session, session.begin():
-            yield session
+    async def get_session() -> AsyncGenerator[AsyncSession, Exception | None]:
+        async with session_factory() as session:
+            error = yield session
+            if error is None:
+                await session.commit()
 
     provider = Provider(scope=Scope.REQUEST)
     provider.provide(get_session)

@@ -93,8 +93,8 @@ class Hold:
         "its connection is out of the pool *after* the head has gone out, where none is needed.\n\n"
         f"By the others: a pool of {POOL_SIZE}, {CROWD} clients that read 16 MB slowly, or "
         f"{CROWD} background tasks of two seconds, and beside them requests with one SELECT. Told "
-        "is their median wait in milliseconds, before and beside the crowd; *stuck* is one that "
-        f"got no answer in {PATIENCE:.0f} seconds."
+        "is their median wait in milliseconds, before and beside the crowd; *slowed* is one that "
+        f"grew by more than {SLOWED:.0f}, *stuck* one that got no answer in {PATIENCE:.0f} seconds."
     )
     needs: Sequence[str] = ()
 

@@ -24,6 +24,9 @@ ROUTES = {
     "select": "one SELECT",
     "insert": "one INSERT, committed",
 }
+ABOVE = ("none", "unused")
+"""The routes that are told by what they take above the bare app; the others beside by hand."""
+
 RACES = {"asyncio": GROUPS, "uvloop": ("asgi", "fastapi")}
 """By event loop: the groups that are measured on it."""
 
@@ -101,18 +104,19 @@ class Latency:
 
 
 def takes_part(contestant: Contestant, route: str) -> bool:
-    return route == "none" or contestant.way != "bare"
+    return route in ABOVE or contestant.way != "bare"
 
 
 def interleave(
     workers: Sequence[Worker], route: str, rounds: int, batch_seconds: float
 ) -> dict[str, Any]:
-    """Let them take turns: A B C ... A B C ...; what disturbs the machine disturbs all of them."""
+    """Let them take turns: A B C ... C B A ...; what disturbs the machine disturbs all of them."""
     racing = [each for each in workers if takes_part(each.contestant, route)]
     sizes = [each.call(prepare, route, batch_seconds) for each in racing]
     samples: dict[str, Any] = {each.contestant.name: {"wall": [], "cpu": []} for each in racing}
-    for _ in range(rounds):
-        for worker, size in zip(racing, sizes, strict=True):
+    turns = list(zip(racing, sizes, strict=True))
+    for number in range(rounds):
+        for worker, size in reversed(turns) if number % 2 else turns:
             wall, cpu = worker.call(batch, route, size)
             samples[worker.contestant.name]["wall"].append(round(wall, 3))
             samples[worker.contestant.name]["cpu"].append(round(cpu, 3))
@@ -134,10 +138,6 @@ def charts(unit: str, routes: Mapping[str, Any]) -> list[Bars]:
     ]
 
 
-ABOVE = ("none", "unused")
-"""The routes that are told by what they take above the bare app; the others beside by hand."""
-
-
 def rows(routes: Mapping[str, Any], kind: str) -> dict[str, list[str]]:
     """Medians; in brackets what the pairs of one round say, and their quartiles."""
     names = dict.fromkeys(name for samples in routes.values() for name in samples)
@@ -154,11 +154,11 @@ def _cell(routes: Mapping[str, Any], route: str, name: str, kind: str) -> str:
     group, _, _ = name.partition(".")
     told = f"{statistics.median(own):,.1f}"
     if route in ABOVE:
-        other = routes["none"].get(f"{group}.bare")
+        other = routes[route].get(f"{group}.bare")
         if other is None or name == f"{group}.bare":
             return told
         more = [a - b for a, b in zip(own, other[kind], strict=True)]
-        return f"{told} (+{statistics.median(more):,.1f})"
+        return f"{told} ({statistics.median(more):+,.1f})"
     other = routes[route].get(f"{group}.by_hand")
     if other is None or name == f"{group}.by_hand":
         return told

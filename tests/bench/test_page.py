@@ -67,6 +67,16 @@ def test_target_that_was_missed_is_said_to_be(written, ours, verdict):
     assert f"| 1.000 |  | {ours / 100:.3f} | ≤ 1.000 {verdict}" in found
 
 
+def test_microseconds_above_the_bare_app_are_of_the_same_round(written):
+    """What a busy round adds to both isn't counted as ours."""
+    rounds = {"asgi.bare": [10.0, 50.0, 20.0], "asgi.ours": [12.0, 52.0, 22.0]}
+    samples = {name: {"wall": times, "cpu": times} for name, times in rounds.items()}
+    text = written(("latency", "asyncio asgi", {**LATENCY, "unused": samples}))
+
+    assert "| 2.0 µs | ≤ 14.0 µs | met |" in row(text, "session obtained")
+    assert "| 22.0 (+2.0) |" in row(text, "**asgi-dbscope** |")
+
+
 def test_what_was_not_measured_is_not_met(written):
     """A target without a figure doesn't count as met."""
     text = written()
