@@ -2,7 +2,7 @@
 
     python -m bench --quick                 # a look: two minutes
     python -m bench                         # all of it; what is in the results file already, stays
-    python -m bench --only latency 'instructions/asgi.*'
+    python -m bench --only latency 'instructions/fast*'
 
 `bench/README.md` says what is measured, and how; `docs/benchmarks.md` is what came of it.
 """
@@ -28,7 +28,7 @@ from bench.database import database
 from bench.measure import Bench, Measure, Unit
 from bench.measures import measures
 from bench.page import write_page
-from bench.results import Results, machine
+from bench.results import Results, machine, source
 from bench.servers import ServerFailedError
 from bench.worker import WorkerFailedError
 
@@ -47,22 +47,27 @@ def main() -> int:
     """The command; its exit status."""
     options = _options()
     console = Console(stderr=True)
-    taking_part = _installed(contestants(), console, install=not options.no_install)
-    about = None if options.page_only else _about(taking_part, is_quick=options.quick)
-    results = Results(options.results, about)
     failed = []
-    if not options.page_only:
+    if options.page_only:
+        results = Results(options.results, None)
+    else:
+        install = not (options.no_install or options.list)
+        taking_part = _installed(contestants(), console, install=install)
+        results = Results(options.results, _about(taking_part, is_quick=options.quick), source())
+        planned = _plan(Bench("", taking_part, options.quick), options.only)
+        if not planned:
+            console.print(f"nothing is called {options.only}: see --list", markup=False)
+            return 2
+        if options.list:
+            for measure, unit in planned:
+                done = "done" if results.has(measure.name, unit) else f"{unit.seconds:.0f} s"
+                print(f"{measure.name}/{unit.name}\t{done}")
+            return 0
         with database(options.database) as url:
             bench = Bench(url, taking_part, options.quick)
-            planned = _plan(bench, options.only)
-            if options.list:
-                for measure, unit in planned:
-                    done = "done" if results.has(measure.name, unit) else f"{unit.seconds:.0f} s"
-                    print(f"{measure.name}/{unit.name}\t{done}")
-                return 0
             with bench.kept:
                 failed = _run(bench, planned, results, console)
-    write_page(results, measures(), taking_part, options.page)
+    write_page(results, measures(), contestants(), options.page)
     console.print(f"{options.results}, {options.page}")
     for name, error in failed:
         console.print(f"{name} failed:\n{error}", style="red", markup=False)

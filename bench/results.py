@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -23,10 +24,15 @@ class Results:
 
         about: The machine and the versions. Results of others are left behind. `None`: those that
             are written there.
+
+        source: The package's. What was measured of another is measured again.
     """
 
-    def __init__(self, path: Path, about: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, path: Path, about: Mapping[str, Any] | None, source: str | None = None
+    ) -> None:
         self.path = path
+        self.source = source
         self.about = dict(about or {})
         self._measures: dict[str, dict[str, Any]] = {}
         if path.exists():
@@ -37,14 +43,18 @@ class Results:
                 self._measures = written["measures"]
 
     def has(self, measure: str, unit: Unit) -> bool:
-        """Whether that unit is done, with the very same contestants."""
-        written = self._measures.get(measure, {}).get(unit.name)
-        return written is not None and written["contestants"] == list(unit.contestants)
+        """Whether that unit is done, with the very same contestants and source."""
+        written = self._measures.get(measure, {}).get(unit.name, {})
+        return (written.get("contestants"), written.get("source")) == (
+            list(unit.contestants),
+            self.source,
+        )
 
     def put(self, measure: str, unit: Unit, found: Json) -> None:
         """Write down what a unit found."""
         self._measures.setdefault(measure, {})[unit.name] = {
             "contestants": list(unit.contestants),
+            "source": self.source,
             "when": time.strftime("%Y-%m-%d %H:%M"),
             "load": round(os.getloadavg()[0], 2),
             "found": found,
@@ -62,6 +72,13 @@ class Results:
         """The lowest and the highest load average that there was."""
         loads = [unit["load"] for units in self._measures.values() for unit in units.values()]
         return min(loads, default=0.0), max(loads, default=0.0)
+
+
+def source() -> str:
+    """What tells the package's source from what it was before."""
+    package = Path(__file__).parents[1] / "asgi_dbscope"
+    files = sorted(package.rglob("*.py"))
+    return hashlib.sha256(b"".join(each.read_bytes() for each in files)).hexdigest()[:12]
 
 
 def machine() -> dict[str, Any]:

@@ -10,10 +10,11 @@ import pytest
 from bench.apps import Setup
 from bench.contestants import by_name, contestants
 from bench.database import database
-from bench.measure import Bench
+from bench.measure import Bench, Unit
 from bench.measures.correctness import PROBES, count, is_wrong
 from bench.measures.growth import grown
 from bench.measures.latency import ROUTES, batch, takes_part
+from bench.results import Results
 from bench.served import Served
 from bench.worker import WorkerFailedError
 
@@ -89,19 +90,55 @@ def test_worker_that_fails_says_why(url):
         worker.call(batch, "select", 1)
 
 
-def test_run_is_written_down_and_goes_on(url, tmp_path):
-    """A unit that is done isn't run again; the page is made of what was found."""
-    command = [
-        *(sys.executable, "-m", "bench", "--quick", "--no-install", "--database", url),
-        *("--results", tmp_path / "results.json", "--page", tmp_path / "page.md"),
-        *("--only", "in_doubt"),
-    ]
-    subprocess.run(command, check=True, cwd=ROOT, env={"PATH": ""})
-    told = subprocess.run(
-        [*command, "--list"], check=True, cwd=ROOT, env={"PATH": ""}, stdout=subprocess.PIPE
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command; without a `PATH`, so that it finds neither `wrk` nor `valgrind` nor `uv`."""
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        check=False,
+        cwd=ROOT,
+        env={"PATH": ""},
+        capture_output=True,
+        text=True,
     )
 
-    assert b"in_doubt/asyncio\tdone\n" == told.stdout
+
+def test_changed_package_is_measured_again(tmp_path):
+    """What was measured of another source, or with other contestants, doesn't count as done."""
+    unit = Unit("asgi", ["asgi.ours"], 1.0, lambda *_: None)
+    Results(tmp_path / "results.json", {}, "before").put("latency", unit, {})
+    found = {
+        source: Results(tmp_path / "results.json", {}, source).has("latency", unit)
+        for source in ("before", "after")
+    }
+
+    assert {"before": True, "after": False} == found
+
+
+def test_what_nothing_is_called_is_an_error(tmp_path):
+    """A pattern that nothing matches writes no page."""
+    told = run("--no-install", "--page", tmp_path / "page.md", "--only", "latancy")
+
+    assert 2 == told.returncode
+    assert "nothing is called ['latancy']" in told.stderr
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_list_needs_no_database():
+    """Saying what there is to run starts nothing and installs nothing."""
+    told = run("--list", "--database", "postgresql://nowhere/", "--only", "scale")
+
+    assert told.stdout.startswith("scale/select\t")
+
+
+def test_run_is_written_down_and_goes_on(url, tmp_path):
+    """A unit that is done isn't run again; the page is made of what was found."""
+    files = ("--results", tmp_path / "results.json", "--page", tmp_path / "page.md")
+    only = ("--quick", "--no-install", "--database", url, "--only", "in_doubt")
+    codes = [run(*files, *only).returncode, run(*files, "--page-only").returncode]
+    told = run(*files, *only, "--list")
+
+    assert [0, 0] == codes
+    assert "in_doubt/asyncio\tdone\n" == told.stdout
     written = json.loads((tmp_path / "results.json").read_text())
     assert ["in_doubt"] == list(written["measures"])
     assert "| one INSERT, committed |" in (tmp_path / "page.md").read_text()
