@@ -45,6 +45,8 @@ def end_transaction(
     timeout = scope.database.cleanup_timeout
     use.begin_ending()
     try:
+        if scope.is_over:
+            return  # another ending, which this one has waited for, was the last one
         if use.is_busy and not use.wait_until_free(timeout):
             _throw_away(scope, session, use)
             if ending is Ending.COMMIT and not use.is_torn:
@@ -69,7 +71,8 @@ def abandon_transaction(scope: SessionScope[Any], session: Session, use: Session
     """End the open transaction with its connection, without a word to the database."""
     use.begin_ending()
     try:
-        _throw_away(scope, session, use)
+        if not scope.is_over:
+            _throw_away(scope, session, use)
     finally:
         use.end_ending(session)
 

@@ -69,6 +69,27 @@ async def test_thread_of_the_driver_gives_up_a_statement_that_takes_too_long(db,
 
 
 @ON_ALL
+async def test_time_that_is_up_in_the_moment_of_the_answer_ends_the_transaction_once(
+    db, drive, caplog
+):
+    """The clock's rollback waits for that of the response, and finds nothing left to do."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        loop = asyncio.get_running_loop()
+        loop.call_soon(sleep, 0.2)  # the next turn of the loop finds this and the clock due
+        await asyncio.sleep(0.05)
+        await respond(send, 409)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+    await asyncio.sleep(0.01)
+
+    assert 409 == exchange.status
+    assert [] == caplog.messages
+
+
+@ON_ALL
 @pytest.mark.parametrize("status", [201, 404])
 async def test_time_that_is_up_after_the_end_is_no_error(db, engine, drive, rows, status):
     """G1, G3: while the connection goes back to the pool, what was answered stays answered."""
