@@ -273,10 +273,14 @@ def refuse_if_aborted(connection: Connection) -> None:
     watched: Watch = connection.__dict__[WATCH]
     error = watched.error
     if error is not None and _dialects.is_autocommit(connection):
-        raise ReadOnlyError(
-            f"{watched.scopes[-1]!r} is read-only; the server refused a write (this error's "
-            f"__cause__), and the code caught that and went on. {REMEDY}"
-        ) from error
+        if _dialects.is_write_refused(error):
+            raise ReadOnlyError(
+                f"{watched.scopes[-1]!r} is read-only; the server refused a write (this error's "
+                f"__cause__), and the code caught that and went on. {REMEDY}"
+            ) from error
+        if not connection.invalidated:  # there is no transaction that it could have aborted
+            watched.error = None
+            return
     if error is None and not (watched.is_handed_out and _dialects.can_ask(connection)):
         return
     try:

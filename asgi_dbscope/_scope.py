@@ -560,7 +560,8 @@ class SessionScope(Lifecycle, Generic[S]):
     def _fence_after(self, event: Event) -> None:
         """What is durable must not be done twice."""
         if event is Event.COMMITTED:
-            self.forbid_attempts(COMMITTED)
+            if not self.shape.reads_at_once:  # there nothing is durable
+                self.forbid_attempts(COMMITTED)
         elif event is Event.ANSWER_LOST:
             self.forbid_attempts(IN_DOUBT)
         elif event is Event.BEGUN and self.is_autocommitting:

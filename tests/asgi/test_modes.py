@@ -1,5 +1,7 @@
 """The modes: one transaction per request, none at all, or the user's own."""
 
+import asyncio
+import contextlib
 import logging
 
 import pytest
@@ -123,6 +125,22 @@ async def test_autocommit_survives_a_statement_that_fails(db, drive, rows):
     assert exchange.error is None
     assert 200 == exchange.status
     assert [1, 2] == await rows()
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+async def test_autocommit_survives_a_statement_that_is_cancelled(db, drive):
+    """G21: where the connection outlives that, nothing was aborted, so the response goes out."""
+
+    async def app(scope, receive, send):
+        await db.session.scalar(sa.select(1))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await db.session.scalar(sa.select(2))
+        await answer(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, mode="autocommit"))
+
+    assert (200, None) == (exchange.status, exchange.error)
 
 
 async def test_autocommit_gives_a_real_transaction_inside(db, drive, rows):

@@ -20,12 +20,14 @@ from asgi_dbscope import (
     PoolTooSmallError,
     ReadOnlyError,
     Retry,
+    TransactionAbortedError,
     TransactionMismatchError,
     TransactionRequiredError,
     current_scope,
     read_only_options,
     session_options,
 )
+from asgi_dbscope.testing import inject_conflicts
 from tests.fix_asgi import Drive, Exchange, body, http_scope, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
 from tests.fix_proxy import Message
@@ -645,6 +647,38 @@ async def test_read_that_lost_to_a_conflict_is_replayed(serve, db):
     exchange = await serve(handler, retry=Retry(base=0.001))
 
     assert (200, [1, 2]) == (exchange.status, attempts)
+
+
+async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db, reads):
+    """G16: before the block's transaction begins the read is over, and nothing was committed."""
+    attempts: list[int] = []
+
+    async def handler(session: Any) -> None:
+        attempts.append(current_scope().attempt)
+        await session.scalar(sa.text("SELECT 1"))
+        async with db.transactional():
+            await session.scalars(READ)
+
+    with inject_conflicts(reads, at="FROM item"):
+        exchange = await serve(handler, retry=Retry(base=0.001))
+
+    assert (200, [1, 2]) == (exchange.status, attempts)
+
+
+async def test_connection_that_was_lost_is_no_write_that_was_refused(serve, postgres_schema):
+    """G15: it is an error all the same, but one that says what happened."""
+
+    async def handler(session: Any) -> None:
+        pid = await session.scalar(sa.text("SELECT pg_backend_pid()"))
+        with postgres_schema.connect() as connection:
+            connection.execute(sa.select(sa.func.pg_terminate_backend(pid)))
+        with contextlib.suppress(sa.exc.DBAPIError):
+            await session.scalars(READ)
+
+    exchange = await serve(handler)
+
+    assert isinstance(exchange.error, TransactionAbortedError)
+    assert exchange.status is None
 
 
 async def test_branches_read_in_their_own_pool(engine, make_engine, driver):
