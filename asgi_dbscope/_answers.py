@@ -15,6 +15,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from asgi_dbscope._messages import type_of
 from asgi_dbscope.errors import (
     DatabaseUnreachableError,
+    DBScopeError,
     OverloadedError,
     PoolExhaustedError,
     TransactionTimeoutError,
@@ -74,9 +75,7 @@ def mark(error: BaseException, answer: Answer) -> None:
 
 def find_answer(error: BaseException | None) -> Answer | None:
     """The answer that *error* has of its own, if it has one."""
-    found: Any = error
-    while _is_group(found) and len(found.exceptions) == 1:
-        found = found.exceptions[0]  # of a task group, as older Starlette has them
+    found = _alone(error)
     marked: Answer | None = getattr(found, _MARK, None)
     if marked is not None:
         return marked
@@ -84,8 +83,22 @@ def find_answer(error: BaseException | None) -> Answer | None:
     return next((ANSWERS[each] for each in kinds if each in ANSWERS), None)
 
 
-def _is_group(error: object) -> bool:
-    return isinstance(error, BaseExceptionGroup)
+def _alone(error: BaseException | None) -> Any:
+    """*error*, or the only one of a task group, as older Starlette has them."""
+    found: Any = error
+    while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
+        found = found.exceptions[0]
+    return found
+
+
+def describe(error: BaseException) -> str:
+    """What a log shows of *error*: the text of ours and the pool's, and of others the kind.
+
+    Theirs may have statements, values and line breaks in it.
+    """
+    found = _alone(error)
+    is_known = isinstance(found, (DBScopeError, PoolTimeoutError))
+    return str(found) if is_known else type(found).__name__
 
 
 PHRASE = HTTPStatus.INTERNAL_SERVER_ERROR.phrase.encode()

@@ -14,9 +14,7 @@ from sys import exception as handled_exception
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import StatementError
-
-from asgi_dbscope._answers import Answer, find_answer, says_nothing
+from asgi_dbscope._answers import Answer, describe, find_answer, says_nothing
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._checkout import pool_note
 from asgi_dbscope._completion import redeliver
@@ -279,12 +277,12 @@ class ResponseGate:
         if responder is None:
             raise failure from failure.__cause__
         label = label_of(self._asgi_scope)
-        kind = type(failure).__name__  # what the database says has line breaks and values in it
         if isinstance(responder, Answer):
-            told = kind if isinstance(failure, StatementError) else str(failure)
+            told = describe(failure)
             told += f" ({note})" if (note := pool_note(failure)) else ""
             logger.warning("%s: answered %d: %s", label, responder.status, told)
         else:
+            kind = type(failure).__name__  # what the database says has line breaks and values in it
             logger.error("%s: not committed (%s)", label, kind, exc_info=failure)
         self._failure = None
         result = await responder(self._asgi_scope, self.receive, self.send)

@@ -92,6 +92,9 @@ class Recording:
 
         Whoever waits for a client's leaving reads what it sends before that.
         """
+        # A cancellation that is to be delivered again arrives here. Together with the end of the
+        # time below it would be taken for that.
+        await asyncio.sleep(0)
         try:
             async with asyncio.timeout(delay):
                 while not self.is_full:

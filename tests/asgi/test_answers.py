@@ -52,7 +52,8 @@ async def test_error_that_the_app_raised_is_answered_after_the_rollback(
     assert (None, status, content) == (exchange.error, exchange.status, exchange.body)
     assert (b"1" if status == 503 else None) == headers(exchange).get(b"retry-after")
     assert ["checkout", "begin", "rollback", "checkin", f"start {status}", "last body"] == timeline
-    assert [f"GET /: answered {status}: {error}"] == caplog.messages
+    told = getattr(error, "exceptions", [error])[0]
+    assert [f"GET /: answered {status}: {told}"] == caplog.messages
     assert [] == await rows()
 
 

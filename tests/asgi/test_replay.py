@@ -98,6 +98,24 @@ async def test_loser_of_the_last_attempt_is_told_to_come_back(db, drive, rows, c
     assert "and was the last one: no attempt is left" in caplog.text
 
 
+async def test_log_shows_nothing_of_what_the_app_makes_of_a_conflict(db, drive, caplog):
+    """G16: the text of its error may be anything, line breaks and the statement included."""
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        try:
+            await db.session.flush()
+        except sa.exc.DBAPIError as error:
+            msg = f"{error}\nanother line"
+            raise ValueError(msg) from error
+
+    with inject_conflicts(db, at="INSERT INTO item"), caplog.at_level(logging.WARNING):
+        exchange = await drive(DBSessionMiddleware(app, database=db, retry=Retry(attempts=1)))
+
+    assert 503 == exchange.status
+    assert "GET /: answered 503: ValueError" == caplog.messages[-1]
+
+
 async def test_last_loser_may_be_answered_in_the_apps_words(db, drive):
     """G16: `commit_error_response` answers the loser of the last attempt, and only that one."""
     asked = []
@@ -483,6 +501,24 @@ async def test_cancellation_ends_a_replay(db, drive, engine):
         while engine.pool.checkedout():
             await asyncio.sleep(0)
         task.cancel()
+        exchange = await task
+
+    assert [1] == attempts
+    assert isinstance(exchange.error, asyncio.CancelledError)
+
+
+async def test_cancellation_while_the_loser_is_rolled_back_ends_a_replay(db, drive, engine):
+    """G16, G10: it arrives also where the pause is over at once."""
+    attempts = []
+
+    async def app(scope, receive, send):
+        attempts.append(current_scope().attempt)
+        db.session.add(Item(id=1))
+        await respond(send)
+
+    with inject_conflicts(db, at="INSERT INTO item"):
+        task = asyncio.create_task(drive(DBSessionMiddleware(app, database=db, retry=AT_ONCE)))
+        sa.event.listen(engine.sync_engine, "rollback", lambda _: task.cancel(), once=True)
         exchange = await task
 
     assert [1] == attempts
