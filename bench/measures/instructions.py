@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -16,50 +17,65 @@ from bench.measure import Bench, Json, Table, Unit
 from bench.measures.latency import ROUTES, takes_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from bench.contestant import Contestant
     from bench.served import Served
 
 REQUESTS = {"none": 100, "unused": 40, "select": 10, "insert": 10}
-BATCHES = 5
-"""Each of so many requests: the median of these is free of what happens once in a while."""
+"""What is counted at once."""
 
-WARM = 50
+WARM = 120
+"""Requests after which Python's interpreter has specialized all that it will."""
 
 
-async def warm(served: Served, routes: Sequence[str]) -> None:
-    """Fill the caches, then begin to count."""
-    for route in routes:
+async def count(served: Served, route: str, shuffles: int) -> None:
+    """Call the mark before and after each count."""
+    gc.disable()  # in which count a collection falls is chance; what it costs is in the times
+    for _ in range(shuffles):
+        callgrind.stop()
+        _shuffle()
         await served.serve(route, WARM)
-    gc.collect()
-    gc.disable()  # in which batch a collection falls is chance; what it costs is in the times
-    callgrind.start()
-
-
-async def count(served: Served, route: str) -> None:
-    """Call the mark before, between and after the batches."""
-    callgrind.MARK()
-    for _ in range(BATCHES):
+        callgrind.start()
+        callgrind.MARK()
         await served.serve(route, REQUESTS[route])
         callgrind.MARK()
 
 
-def instructions(bench: Bench, contestant: Contestant, routes: Sequence[str]) -> dict[str, float]:
-    """Instructions for one request, by route."""
+def _shuffle() -> None:
+    """Have Python number its classes anew.
+
+    It looks attributes up in a table, where numbers and addresses say which of them get in each
+    other's way: chance, of which a request takes 1 % more or less.
+    """
+    for each in {*_below(object)}:
+        with contextlib.suppress(TypeError):  # written in C
+            type.__setattr__(each, "__bench__", None)
+
+
+def _below(base: type) -> Iterator[type]:
+    classes: list[type] = type.__subclasses__(base)
+    for each in classes:
+        yield each
+        if each is not type:
+            yield from _below(each)
+
+
+def instructions(
+    bench: Bench, contestant: Contestant, routes: Sequence[str], shuffles: int
+) -> dict[str, float]:
+    """Instructions for one request, by route: the median of several counts."""
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out"
         with bench.worker(contestant, wrapper=callgrind.options(str(out))) as worker:
-            worker.call(warm, routes)
             for route in routes:
-                worker.call(count, route)
-        totals = (_total(out.with_name(f"out.{number}")) for number in itertools.count(1))
-        found: dict[str, float] = {}
-        for route in routes:
-            next(totals)  # until its first mark
-            batches = [next(totals) for _ in range(BATCHES)]
-            found[route] = statistics.median(batches) / REQUESTS[route]
-        return found
+                worker.call(count, route, shuffles)
+        # Each count has two dumps: until its first mark, and until its second.
+        totals = (_total(out.with_name(f"out.{2 * number}")) for number in itertools.count(1))
+        return {
+            route: statistics.median(itertools.islice(totals, shuffles)) / REQUESTS[route]
+            for route in routes
+        }
 
 
 def _total(dump: Path) -> int:
@@ -67,11 +83,13 @@ def _total(dump: Path) -> int:
     return int(next(line for line in lines if line.startswith("totals:")).split()[1])
 
 
-def at_once(bench: Bench, asked: Mapping[Contestant, Sequence[str]]) -> dict[str, dict[str, float]]:
+def at_once(
+    bench: Bench, asked: Mapping[Contestant, Sequence[str]], shuffles: int = 1
+) -> dict[str, dict[str, float]]:
     """Several contestants, one on each core: what else runs doesn't change what is counted."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         counted = {
-            each.name: pool.submit(instructions, bench, each, routes)
+            each.name: pool.submit(instructions, bench, each, routes, shuffles)
             for each, routes in asked.items()
         }
         return {name: each.result() for name, each in counted.items()}
@@ -98,7 +116,7 @@ class Instructions:
         }
 
         def run(bench: Bench, _tell: Callable[[float], None]) -> Json:
-            return at_once(bench, asked)
+            return at_once(bench, asked, 4 if group == "asgi" and not bench.is_quick else 1)
 
         seconds = len(asked) * (8 if group == "asgi" else 10)
         return Unit(group, [each.name for each in asked], seconds, run)
