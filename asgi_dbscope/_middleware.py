@@ -284,12 +284,11 @@ _END_OF_LIFE = frozenset(
 def _unserved(served: Served) -> Served:
     """*served* without the databases that a scope is open for already."""
     options = dict(served.options)
-    holder = get_innermost()
+    holder = open_around(get_innermost())
     while holder is not None:
-        if not holder.is_over:
-            for database in holder.databases:
-                options.pop(database, None)
-        holder = holder.outer
+        for database in holder.databases:
+            options.pop(database, None)
+        holder = open_around(holder.outer)
     return replace(served, options=options)
 
 

@@ -292,8 +292,7 @@ def _reporting(
         try:
             if writes:
                 use.has_written = True
-                if Attempt.were_made:
-                    fence_write(use.scope)
+                fence_write(use.scope)
             return method(self, *args, **kwargs)
         except REPORTED as error:
             check_time(use, error)
