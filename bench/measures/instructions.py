@@ -100,7 +100,7 @@ class Instructions:
     title = "Instructions"
     about = (
         "Instructions for one request, counted by callgrind, without Python's garbage collector. "
-        "They repeat to 0.5 %, whatever else the machine does; CI fails where ours rise by 2 %."
+        "They repeat to 1 %, whatever else the machine does; CI fails where ours rise by 2 %."
     )
     needs: Sequence[str] = ("valgrind",)
 
