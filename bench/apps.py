@@ -46,6 +46,9 @@ class Orphan(Base):
     )
 
 
+STATE = "/-/state"
+"""The path of a server's page about its process."""
+
 NAME = "item"
 """What is in the first row, and what most routes answer."""
 

@@ -158,15 +158,12 @@ class Table:
 
         rows: By the name of a contestant, or whatever else a row stands for.
 
-        note: Markdown below it: what the columns mean, how it was measured.
-
         charts: What is drawn of it.
     """
 
     title: str
     columns: Sequence[str]
     rows: Mapping[str, Sequence[str]]
-    note: str = ""
     charts: Sequence[Chart] = ()
 
 

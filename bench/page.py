@@ -123,10 +123,11 @@ class Titles:
 def _render(table: Table, titles: Titles) -> list[str]:
     named = titles.of([*table.rows])
     rows = [[_stressed(name, named[name]), *cells] for name, cells in table.rows.items()]
-    parts = [f"### {table.title}\n", _table(["", *table.columns], rows)]
-    if table.note:
-        parts.append(f"{table.note}\n")
-    return [*parts, *(image(chart, CHARTS) for chart in table.charts)]
+    return [
+        f"### {table.title}\n",
+        _table(["", *table.columns], rows),
+        *(image(chart, CHARTS) for chart in table.charts),
+    ]
 
 
 def _stressed(name: str, title: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import socket
 import sys
 import time
@@ -25,11 +24,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 import uvicorn
 from sqlalchemy import event
 
-from bench.apps import Setup
+from bench.apps import STATE, Setup
 from bench.contestants import by_name
-
-STATE = "/-/state"
-"""The path of the page about the process."""
+from bench.memory import resident
 
 
 class Request:
@@ -149,7 +146,7 @@ class Page:
             "under way": len(self.server.server_state.tasks) - 1,
             "connections": len(self.server.server_state.connections),
             "checked out": self._pool.checkedout(),
-            "resident": _resident(),
+            "resident": resident(),
             "traced": tracemalloc.get_traced_memory()[0],
         }
         if query.get("trace") == "off":
@@ -162,11 +159,6 @@ class Page:
             told["holds"] = self._watch.end()
             self._app, self._watch = self._raw_app, None
         return told
-
-
-def _resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode
 
+from bench.apps import STATE
 from bench.chaos.client import Client
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from bench.contestant import Contestant
 
 SERVE = Path(__file__).with_name("serve.py")
-STATE = "/-/state"
 
 POOL_SIZE = 5
 """Of each server, which has no overflow."""

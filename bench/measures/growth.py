@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import os
 import tracemalloc
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.contestants import by_name
 from bench.measure import Bench, Json, Table, Unit
 from bench.measures.latency import ROUTES
+from bench.memory import resident
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -27,10 +26,10 @@ async def grown(served: Served, route: str, requests: int) -> dict[str, float]:
     """Bytes for each request, and objects that only the cycle collector frees."""
     await served.serve(route, max(20, requests // 10))  # caches fill
     gc.collect()
-    before = _resident()
+    before = resident()
     await served.serve(route, requests)
     gc.collect()
-    resident = (_resident() - before) / requests
+    kept = (resident() - before) / requests
     few = max(10, requests // 20)
     tracemalloc.start()
     await served.serve(route, few)
@@ -46,15 +45,10 @@ async def grown(served: Served, route: str, requests: int) -> dict[str, float]:
     gc.enable()
     return {
         "requests": requests,
-        "resident": resident,
+        "resident": kept,
         "traced": traced / few,
         "cyclic": cyclic / few,
     }
-
-
-def _resident() -> int:
-    pages = Path("/proc/self/statm").read_text().split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Growth:
