@@ -214,7 +214,8 @@ class ReadAhead:
                 return await self._receive()
             finally:
                 self._receivers -= 1
-        await asyncio.wait([pending])
+        if not pending.done():  # who only looks is cancelled at its first wait
+            await asyncio.wait([pending])
         if self._pending is pending:
             self._pending = None
             return pending.result()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from starlette.requests import Request
 
 from asgi_dbscope import (
     ConfigurationError,
@@ -481,6 +482,28 @@ async def test_message_that_was_looked_for_goes_to_the_app_that_asks():
     assert not again.done()
     again.cancel()
     receive.close()
+
+
+async def test_app_that_only_looks_for_its_client_is_told_at_once():
+    """G18: as Starlette's `is_disconnected()`, which is cancelled where it would have to wait."""
+    leaves = asyncio.Event()
+
+    async def receive():
+        await leaves.wait()
+        return {"type": "http.disconnect"}
+
+    ahead = ReadAhead(receive)
+    looking = asyncio.create_task(ahead.until_gone())
+    await asyncio.sleep(0)
+    looking.cancel()  # it has its turn
+    request = Request(http_scope(), ahead)
+    before = await request.is_disconnected()
+    leaves.set()
+    await asyncio.sleep(0)
+
+    assert not before
+    assert await request.is_disconnected()
+    ahead.close()
 
 
 async def test_turn_that_comes_after_the_response_is_the_next_ones(db):
