@@ -6,7 +6,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from asgi_dbscope._asgi import Scope
 
@@ -21,7 +21,15 @@ class ScopeSnapshot:
             at the beginning.
     """
 
-    __slots__ = ("_containers", "_handed", "_own", "_pristine", "_scope", "current")
+    __slots__ = (
+        "_bring_back",
+        "_containers",
+        "_handed",
+        "_own",
+        "_pristine",
+        "_scope",
+        "current",
+    )
 
     def __init__(self, scope: Scope) -> None:
         self.current = self._scope = scope
@@ -31,6 +39,11 @@ class ScopeSnapshot:
         self._pristine = _copied(scope)
         self._own: dict[str, Any] = {}
         self._handed: dict[str, tuple[Any, list[Any]]] | None = None
+        self._bring_back: Callable[[], None] | None = None
+        if "litestar_app" in scope:  # around us
+            from asgi_dbscope.integrations.litestar import remember_request
+
+            self._bring_back = remember_request(scope)
 
     def renew(self) -> None:
         """Another attempt begins.
@@ -39,6 +52,8 @@ class ScopeSnapshot:
         """
         self.current = _copied(self._pristine)
         self._own = {name: self.current[name] for name in self._containers}
+        if self._bring_back is not None:
+            self._bring_back()
 
     def hand_back(self) -> None:
         """Let the server's scope be as the current attempt has it.

@@ -361,6 +361,54 @@ async def test_litestar_is_replayed(way, at, db, drive, rows):
     assert [7] == await rows()
 
 
+async def test_litestar_reads_a_form_and_its_files_anew(db, drive, rows):
+    """G16: Litestar keeps what it has read, and closes the files, when the endpoint is left."""
+    read: list[Any] = []
+
+    @post("/orders")
+    async def place(request: litestar.Request[Any, Any, Any]) -> None:
+        form = await request.form()
+        read.append((form["number"], await form["file"].read()))
+        await write(db, 7)
+
+    middleware = DefineMiddleware(DBSessionMiddleware, database=db, retry=AT_ONCE)
+    app = Litestar([place], middleware=[middleware], openapi_config=None)
+    content = (
+        b'--x\r\nContent-Disposition: form-data; name="number"\r\n\r\n7\r\n'
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+        b"content\r\n--x--\r\n"
+    )
+    headers = [
+        (b"content-type", b"multipart/form-data; boundary=x"),
+        (b"content-length", str(len(content)).encode()),
+    ]
+    scope = http_scope("/orders", "POST", headers=headers)
+    with inject_conflicts(db, times=2):
+        exchange = await drive(
+            answering_disconnect(app), scope, received=[{"type": "http.request", "body": content}]
+        )
+
+    assert 201 == exchange.status
+    assert [("7", b"content")] * 3 == read
+    assert [7] == await rows()
+
+
+async def test_litestar_parses_json_anew(db, drive, rows):
+    """G16: what an attempt that lost has taken out of it is there again."""
+
+    @post("/orders")
+    async def place(request: litestar.Request[Any, Any, Any]) -> None:
+        await write(db, (await request.json()).pop("number"))
+
+    middleware = DefineMiddleware(DBSessionMiddleware, database=db, retry=AT_ONCE)
+    app = Litestar([place], middleware=[middleware], openapi_config=None)
+    with inject_conflicts(db, times=2):
+        exchange = await post_order(drive, app)
+
+    assert 201 == exchange.status
+    assert [7] == await rows()
+
+
 @AT
 async def test_quart_is_replayed(at, db, drive, rows):
     """G16: Quart turns every error into a response that tells nobody of it."""
