@@ -560,7 +560,7 @@ class SessionScope(Lifecycle, Generic[S]):
     def _fence_after(self, event: Event) -> None:
         """What is durable must not be done twice."""
         if event is Event.COMMITTED:
-            if not self.shape.reads_at_once:  # there nothing is durable
+            if self._is_begun_by_hand or not self.shape.reads_at_once:  # there nothing is durable
                 self.forbid_attempts(COMMITTED)
         elif event is Event.ANSWER_LOST:
             self.forbid_attempts(IN_DOUBT)
@@ -570,8 +570,11 @@ class SessionScope(Lifecycle, Generic[S]):
     @property
     def is_autocommitting(self) -> bool:
         """Whether each statement is durable by itself."""
-        is_begun_by_hand = self.use is not None and self.use.is_begun_by_hand
-        return self.shape.mode == "autocommit" and not is_begun_by_hand
+        return self.shape.mode == "autocommit" and not self._is_begun_by_hand
+
+    @property
+    def _is_begun_by_hand(self) -> bool:
+        return self.use is not None and self.use.is_begun_by_hand
 
     def _agenda(self) -> Agenda:
         if self.agenda is None:
