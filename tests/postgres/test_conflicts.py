@@ -120,7 +120,7 @@ async def test_deadlock(db, engine, drive, two_items):
 
     await drive_both(drive, DBSessionMiddleware(app, database=db, retry=AT_ONCE))
 
-    assert [1, 1, 2] == meeting.attempts
+    assert [1, 1, 2] == meeting.attempts[:3]  # the two may meet again
     assert ["++", "++"] == await notes(engine)
 
 
@@ -140,7 +140,7 @@ async def test_deadlock_in_a_savepoint_is_still_the_transactions(db, engine, dri
 
     await drive_both(drive, DBSessionMiddleware(app, database=db, retry=AT_ONCE))
 
-    assert [1, 1, 2] == meeting.attempts
+    assert [1, 1, 2] == meeting.attempts[:3]  # the two may meet again
     assert ["++", "++"] == await notes(engine)
 
 
