@@ -39,10 +39,12 @@ ABOUT_TARGETS = """\
 ## What we set ourselves
 
 Raw ASGI apps, without a framework: there every microsecond shows. *By hand* is \
-`async with session_factory() as session` in the endpoint; *best other* is the best of the others \
-that take raw ASGI apps ({others}), the tables below have all of them. The *target* is a figure \
-that we set ourselves before we began, the microseconds on a machine where a session that is \
-opened by hand and not used costs 56. Times are of the processor, medians of pairs of one round.
+`async with session_factory() as session` in the endpoint, which commits where it writes; *best \
+other* is the best of the others that take raw ASGI apps ({others}), the tables below have all of \
+them. The *target* is a figure that we set ourselves before we began, the microseconds on one \
+machine where a session that is opened by hand and not used costs 56. Times are of the \
+processor, medians of pairs of one round. What was missed, and why: \
+[decisions](design.md#decisions).
 """
 
 MENTIONED = (
