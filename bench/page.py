@@ -164,5 +164,8 @@ def _where(results: Results, contestants: Sequence[Contestant]) -> list[str]:
             "was measured, the benchmark's own part included.\n"
         ),
         _table(["environment", "versions"], rows),
-        "Packages whose pins conflict with the others' have an environment of their own.\n",
+        (
+            "Packages whose pins conflict with the others' have an environment of their own; what "
+            "an older framework costs there is in their rows.\n"
+        ),
     ]
