@@ -95,6 +95,7 @@ async def test_body_at_its_limit_is_kept(db, drive):
     assert 200 == exchange.status
 
 
+@pytest.mark.usefixtures("forget_endpoints")
 async def test_upload_is_not_gathered_beyond_its_limit(db, drive):
     """G16: a long upload is passed on piece by piece; nothing of it is kept once it is too long."""
     kept = []
