@@ -816,7 +816,7 @@ class SessionScope(Lifecycle, Generic[S]):
                 self.advance(Event.ROLLED_BACK)
         self.advance(Event.CLOSED)
         if session is not None and use is not None and not use.is_abandoned:
-            session.discard()  # type: ignore[attr-defined]  # of the reporting class
+            session.close_inside()  # type: ignore[attr-defined]  # of the reporting class
         if self.outer is not None:  # a task that goes on in this context keeps this one alive
             self.outer, self.holder = open_around(self.outer), None
 

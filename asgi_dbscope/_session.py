@@ -73,7 +73,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
         "reset": _reporting(base.reset, explains=False),
         "flush": _flushing(base.flush),
         "close": _closing(base.close),
-        "discard": _discarding(base.close),
+        "close_inside": _closing_inside(base.close),
         "commit": _committing(commit_inside, base.commit),
         "commit_inside": commit_inside,
         "rollback": _rolling_back(base.rollback),
@@ -188,16 +188,16 @@ def _closing(close: Callable[..., Any]) -> Callable[..., Any]:
     return closing
 
 
-def _discarding(close: Callable[..., Any]) -> Callable[..., Any]:
+def _closing_inside(close: Callable[..., Any]) -> Callable[..., Any]:
     is_plain = close is Session.close
 
-    def discard(self: Any) -> None:
+    def close_inside(self: Any) -> None:
         """Close for good. Where nothing is in the session there is nothing to detach from it."""
         is_idle = self.use.is_free and not self.in_transaction()
         if not (is_plain and is_idle and next(iter(self), None) is None):
             close(self)
 
-    return discard
+    return close_inside
 
 
 def _committing(commit: Callable[..., Any], base: Callable[..., Any]) -> Callable[..., Any]:

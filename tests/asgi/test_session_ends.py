@@ -16,6 +16,10 @@ class OwnSession(Session):
         self.info["closed"] = self.info.get("closed", 0) + 1
         super().close()
 
+    def discard(self, instance: object) -> None:
+        """A verb of its own."""
+        self.expunge(instance)
+
 
 async def test_object_that_outlives_the_scope_is_detached(db):
     """G9: what was loaded belongs to no session any more."""
@@ -44,3 +48,15 @@ async def test_close_of_a_users_own_session_class_is_called(engine):
         pass
 
     assert 1 == session.info["closed"]
+
+
+async def test_verbs_of_a_users_own_session_class_stay_its_own(engine):
+    """G18: the end of the scope needs a verb of the session's, which takes none of the user's."""
+    db = Database(async_sessionmaker(engine, sync_session_class=OwnSession))
+    item = Item(id=1)
+
+    async with db.session_scope() as session:
+        session.add(item)
+        session.sync_session.discard(item)
+
+    assert sa.inspect(item).transient

@@ -665,6 +665,22 @@ async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db,
     assert (200, [1, 2]) == (exchange.status, attempts)
 
 
+async def test_transaction_by_hand_that_was_committed_forbids_a_replay(serve, reads):
+    """G16: who begins and commits by hand has left the reads, whatever was done there."""
+    attempts: list[int] = []
+
+    async def handler(session: Any) -> None:
+        attempts.append(current_scope().attempt)
+        async with session.begin():
+            await session.scalar(sa.text("SELECT 1"))
+        await session.scalars(READ)
+
+    with inject_conflicts(reads, at="FROM item"):
+        exchange = await serve(handler, retry=Retry(base=0.001))
+
+    assert ([1], None) == (attempts, exchange.status)
+
+
 async def test_connection_that_was_lost_is_no_write_that_was_refused(serve, postgres_schema):
     """G15: it is an error all the same, but one that says what happened."""
 
