@@ -1,5 +1,7 @@
 """What a scope's end leaves of its session."""
 
+from typing import Any
+
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import async_sessionmaker
@@ -57,6 +59,7 @@ async def test_verbs_of_a_users_own_session_class_stay_its_own(engine):
 
     async with db.session_scope() as session:
         session.add(item)
-        session.sync_session.discard(item)
+        own: Any = session.sync_session
+        own.discard(item)
 
     assert sa.inspect(item).transient
