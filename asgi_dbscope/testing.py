@@ -105,7 +105,7 @@ def inject_conflicts(
     really aborted; on SQLite it is the error of a database that is locked.
 
     Args:
-        source: The database, or its engine.
+        source: The database, with its engine for reads if it has one, or an engine.
 
         at: ``"commit"``; or a part of a statement's text, such as ``"UPDATE account"``; or the
             number of a statement in its transaction, from 1; savepoints don't count.
@@ -115,15 +115,18 @@ def inject_conflicts(
     Raises:
         ConfigurationError: If the database isn't one of these.
     """
-    engine = _engine_of(source)
+    engines = [_engine_of(source)]
+    if isinstance(source, Database) and source.reads is not None:
+        engines.append(source.reads.engine)
     injected = InjectedConflicts(at, times)
-    for name, listener in injected.listeners:
-        event.listen(engine, name, listener)
+    targets = [(engine, *each) for engine in engines for each in injected.listeners]
+    for target in targets:
+        event.listen(*target)
     try:
         yield injected
     finally:
-        for name, listener in injected.listeners:
-            event.remove(engine, name, listener)
+        for target in targets:
+            event.remove(*target)
 
 
 def _engine_of(source: Any) -> Engine:

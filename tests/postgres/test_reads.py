@@ -649,7 +649,7 @@ async def test_read_that_lost_to_a_conflict_is_replayed(serve, db):
     assert (200, [1, 2]) == (exchange.status, attempts)
 
 
-async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db, reads):
+async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db):
     """G16: before the block's transaction begins the read is over, and nothing was committed."""
     attempts: list[int] = []
 
@@ -659,7 +659,7 @@ async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db,
         async with db.transactional():
             await session.scalars(READ)
 
-    with inject_conflicts(reads, at="FROM item"):
+    with inject_conflicts(db, at="FROM item"):
         exchange = await serve(handler, retry=Retry(base=0.001))
 
     assert (200, [1, 2]) == (exchange.status, attempts)
