@@ -273,14 +273,9 @@ def refuse_if_aborted(connection: Connection) -> None:
     watched: Watch = connection.__dict__[WATCH]
     error = watched.error
     if error is not None and _dialects.is_autocommit(connection):
-        if _dialects.is_write_refused(error):
-            raise ReadOnlyError(
-                f"{watched.scopes[-1]!r} is read-only; the server refused a write (this error's "
-                f"__cause__), and the code caught that and went on. {REMEDY}"
-            ) from error
-        if not connection.invalidated:  # there is no transaction that it could have aborted
-            watched.error = None
-            return
+        _refuse_after(error, connection, watched.scopes[-1])
+        watched.error = None
+        return
     if error is None and not (watched.is_handed_out and _dialects.can_ask(connection)):
         return
     try:
@@ -299,6 +294,22 @@ def refuse_if_aborted(connection: Connection) -> None:
         f"{_remedy(connection, scope)}call session.rollback() and begin again."
     )
     raise TransactionAbortedError(msg) from error
+
+
+def _refuse_after(error: BaseException, connection: Connection, scope: SessionScope[Any]) -> None:
+    """Raise where *error* was swallowed without a transaction, and is one to be told of."""
+    if _dialects.is_write_refused(error):
+        raise ReadOnlyError(
+            f"{scope!r} is read-only; the server refused a write (this error's __cause__), and the "
+            f"code caught that and went on. {REMEDY}"
+        ) from error
+    if connection.invalidated:  # else nothing was aborted
+        raise TransactionAbortedError(
+            f"{scope!r} lost its connection ({type(error).__name__}, this error's __cause__), and "
+            "the code caught that and went on. What its statements did before is kept, in mode "
+            "'autocommit'. Let the error propagate; or, where it is expected, call "
+            "session.rollback() and begin again."
+        ) from error
 
 
 def _remedy(connection: Connection, scope: SessionScope[Any]) -> str:

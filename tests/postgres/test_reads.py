@@ -694,6 +694,7 @@ async def test_connection_that_was_lost_is_no_write_that_was_refused(serve, post
     exchange = await serve(handler)
 
     assert isinstance(exchange.error, TransactionAbortedError)
+    assert "lost its connection" in str(exchange.error)
     assert exchange.status is None
 
 
