@@ -62,7 +62,9 @@ class Latency:
         "Microseconds for one request, in process, without a server: medians. In brackets, without "
         "a statement: how many more than the bare app; with one: the ratio to by hand, with its "
         "quartiles. Both are of pairs of one round, as the contestants of a framework take turns. "
-        "*Wall* is with the wait for the database, *cpu* is this process's alone."
+        "*Wall* is with the wait for the database, *cpu* is this process's alone. Each contestant "
+        "is one process, and processes of the same code differ: without a database *by hand* is "
+        "the bare app, so what they differ by there is no difference. Trust the instructions more."
     )
     needs: Sequence[str] = ()
 
