@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -83,11 +83,14 @@ def find_answer(error: BaseException | None) -> Answer | None:
     return next((ANSWERS[each] for each in kinds if each in ANSWERS), None)
 
 
-def _alone(error: BaseException | None) -> Any:
+def _alone(error: BaseException | None) -> BaseException | None:
     """*error*, or the only one of a task group, as older Starlette has them."""
-    found: Any = error
-    while isinstance(found, BaseExceptionGroup) and len(found.exceptions) == 1:
-        found = found.exceptions[0]
+    found = error
+    while isinstance(found, BaseExceptionGroup):
+        inside: list[BaseException] = list(cast("Any", found).exceptions)
+        if len(inside) > 1:
+            return error
+        found = inside[0]
     return found
 
 

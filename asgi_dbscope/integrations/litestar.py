@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,8 +28,8 @@ def remember_request(scope: Scope) -> Callable[[], None]:
     It keeps in one object what it has read: the body, the parsed JSON, which an endpoint may have
     changed, the form with its files, which it closes when the endpoint is left.
     """
-    connection_state = _connection_state(scope)
-    names = getattr(type(connection_state), "__slots__", ())
+    connection_state: object = _connection_state(scope)
+    names: tuple[str, ...] = getattr(connection_state, "__slots__", ())
     values = {
         name: _own(getattr(connection_state, name))
         for name in names
@@ -49,4 +49,4 @@ def _connection_state(scope: Scope) -> Any:
 
 def _own(value: Any) -> Any:
     """*value*, or a copy that can be changed without the other copies."""
-    return copy(value) if isinstance(value, (dict, list)) else value
+    return copy(cast("Any", value)) if isinstance(value, (dict, list)) else value
