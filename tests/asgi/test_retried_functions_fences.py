@@ -378,7 +378,8 @@ async def test_pause_does_not_outlast_the_request(is_expired, engine, drive, cap
         await drive(DBSessionMiddleware(app, database=db, timeout=timeout))
 
     assert [1] == calls
-    assert "the last one: the transaction around it has to be over by then" in caplog.text
+    if not is_expired:  # else its own clock may strike before the conflict
+        assert "the last one: the transaction around it has to be over by then" in caplog.text
 
 
 @on_sqlite
