@@ -374,12 +374,13 @@ async def test_litestar_reads_a_form_and_its_files_anew(db, drive, rows):
     middleware = DefineMiddleware(DBSessionMiddleware, database=db, retry=AT_ONCE)
     app = Litestar([place], middleware=[middleware], openapi_config=None)
     content = (
-        b'--x\r\nContent-Disposition: form-data; name="number"\r\n\r\n7\r\n'
-        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
-        b"content\r\n--x--\r\n"
+        b'--part\r\nContent-Disposition: form-data; name="number"\r\n\r\n7\r\n'
+        b'--part\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n'
+        b"Content-Type: text/plain\r\n\r\n"
+        b"content\r\n--part--\r\n"
     )
     headers = [
-        (b"content-type", b"multipart/form-data; boundary=x"),
+        (b"content-type", b"multipart/form-data; boundary=part"),
         (b"content-length", str(len(content)).encode()),
     ]
     scope = http_scope("/orders", "POST", headers=headers)
