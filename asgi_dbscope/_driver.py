@@ -45,9 +45,11 @@ def end_transaction(
     timeout = scope.database.cleanup_timeout
     use.begin_ending()
     try:
-        if scope.is_over:
-            return  # another ending, which this one has waited for, was the last one
-        if use.is_busy and not use.wait_until_free(timeout):
+        if not session.in_transaction():
+            return  # it was ended by another ending, which this one has waited for
+        if ending is Ending.ABANDON:
+            _throw_away(scope, session, use)
+        elif use.is_busy and not use.wait_until_free(timeout):
             _throw_away(scope, session, use)
             if ending is Ending.COMMIT and not use.is_torn:
                 raise ConcurrentSessionUseError(use.busy_message(timeout))
@@ -64,16 +66,6 @@ def end_transaction(
             raise
     finally:
         use.is_torn = False
-        use.end_ending(session)
-
-
-def abandon_transaction(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
-    """End the open transaction with its connection, without a word to the database."""
-    use.begin_ending()
-    try:
-        if not scope.is_over:
-            _throw_away(scope, session, use)
-    finally:
         use.end_ending(session)
 
 

@@ -40,6 +40,9 @@ class Ending(Fact):
     COMMIT = "COMMIT"
     ROLLBACK = "ROLLBACK"
 
+    ABANDON = "ABANDON"
+    """A rollback by throwing the connection away: somebody is at work on it unseen."""
+
 
 class Cause(Fact):
     """Why a transaction ends now."""

@@ -22,7 +22,7 @@ from asgi_dbscope._current import (
     open_around,
 )
 from asgi_dbscope._doubt import lose_answer
-from asgi_dbscope._driver import abandon_transaction, end_transaction
+from asgi_dbscope._driver import end_transaction
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
 from asgi_dbscope._lifecycle import (
     OPEN,
@@ -603,10 +603,11 @@ class SessionScope(Lifecycle, Generic[S]):
         """Whether there is no open transaction to end, and nothing to do at its end."""
         if self.agenda is not None and not self.agenda.is_empty:
             return False
-        session = self.sync_session
-        if session is None:
+        session, use = self.sync_session, self.use
+        if session is None or use is None:
             return True
-        return not (session.in_transaction() or (self.use is not None and self.use.has_lost))
+        # An ending of somebody else's is over when the connection is back, too.
+        return not (session.in_transaction() or use.has_lost or use.ender is not None)
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*.
@@ -686,10 +687,9 @@ class SessionScope(Lifecycle, Generic[S]):
 
     async def end_expired(self) -> asyncio.CancelledError | None:
         """Roll back a transaction whose time is up; the head, or the block's end, is told later."""
-        if self.watch is not None and self.watch.is_shared:
-            cancellation = await self.run(abandon_transaction)
-        else:
-            cancellation = await self.run(end_transaction, Ending.ROLLBACK)
+        is_shared = self.watch is not None and self.watch.is_shared
+        ending = Ending.ABANDON if is_shared else Ending.ROLLBACK
+        cancellation = await self.run(end_transaction, ending)
         if self.agenda is not None:
             self.note_end(Outcome.ROLLED_BACK)
             cancellation = await run_hooks(self, is_failing=True) or cancellation
@@ -698,10 +698,8 @@ class SessionScope(Lifecycle, Generic[S]):
     def end_expired_here(self) -> None:
         """:meth:`end_expired` of a synchronous session, in this thread."""
         session, use = self.in_use()
-        if any(_dialects.is_lost_when_cut(each.dialect) for each in use.connections):
-            abandon_transaction(self, session, use)
-        else:
-            end_transaction(self, session, use, Ending.ROLLBACK)
+        is_lost = any(_dialects.is_lost_when_cut(each.dialect) for each in use.connections)
+        end_transaction(self, session, use, Ending.ABANDON if is_lost else Ending.ROLLBACK)
         self.note_end(Outcome.ROLLED_BACK)
         run_hooks_here(self, is_failing=True)
 
@@ -726,7 +724,7 @@ class SessionScope(Lifecycle, Generic[S]):
             self._tell_of_loss(use, ending)
         if use.is_abandoned:
             return False  # whoever still has the connection throws it away
-        return session.in_transaction()
+        return session.in_transaction() or use.ender is not None
 
     def in_use(self) -> tuple[Session, SessionUse]:
         """The session, and who is in it."""

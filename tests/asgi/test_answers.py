@@ -178,14 +178,19 @@ async def test_error_that_the_session_met_is_known_though_nobody_sees_it(
     assert (None, status) == (exchange.error, exchange.status)
 
 
-async def test_plain_500_of_another_error_goes_out(db, drive):
-    """G18: any other error's 500 passes as it is, and so does one of an error around the app."""
+@pytest.mark.parametrize(
+    "error",
+    [ZeroDivisionError(), ExceptionGroup("", [PoolExhaustedError("busy"), ZeroDivisionError()])],
+    ids=["other", "several"],
+)
+async def test_plain_500_of_another_error_goes_out(db, drive, error):
+    """G18: any other error's 500 passes as it is, and so does one of several errors together."""
 
     async def app(scope, receive, send):
         assert db.session
         try:
-            raise ZeroDivisionError
-        except ZeroDivisionError:
+            raise error
+        except Exception:
             await send(start(500, headers=PLAIN))
             await send(body(b"Internal Server Error"))
 

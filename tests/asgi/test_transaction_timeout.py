@@ -360,6 +360,30 @@ async def test_scope_inside_shares_the_time_of_the_open_transaction(db, drive, r
     assert "seconds has passed for that of GET /, around it, whose time it shares" in message
 
 
+@ON_ALL
+async def test_answer_waits_until_the_connection_is_back(db, engine, drive):
+    """G8: the clock's rollback is over when its connection is in the pool, and the request then."""
+    checked_out = []
+
+    @sa.event.listens_for(engine.sync_engine, "checkin")
+    def return_slowly(*args):
+        for _ in range(10):
+            await_only(asyncio.sleep(0))
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.text("SELECT 1"))
+        while db.session.in_transaction():
+            await asyncio.sleep(0)
+        await respond(send, 503)
+
+    async def on_send(message):
+        checked_out.append(engine.pool.checkedout())
+
+    await drive(DBSessionMiddleware(app, database=db, timeout=0.05), on_send=on_send)
+
+    assert [0, 0] == checked_out
+
+
 async def test_scope_inside_with_a_timeout_of_its_own_shares_nothing(db, drive, rows):
     """Whoever names a timeout has that: for a job that takes longer than its request may."""
 
