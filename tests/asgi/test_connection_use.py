@@ -21,6 +21,7 @@ from asgi_dbscope import (
 from tests.fix_asgi import respond
 from tests.fix_cancel import SlowCommit
 from tests.fix_database import POSTGRES_DRIVERS, Item
+from tests.fix_siblings import end_beside_a_sibling
 
 ON_ASYNCPG = pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
@@ -128,28 +129,9 @@ async def test_read_that_closing_rolled_back_is_none(db, drive):
 @pytest.mark.parametrize("ending", ["commit", "raise"])
 async def test_end_waits_for_a_siblings_statement(db, drive, engine, rows, ending):
     """G22: neither COMMIT nor ROLLBACK goes out beside a statement of the connection."""
-    is_begun = asyncio.Event()
-    siblings = []
+    exchange, told = await end_beside_a_sibling(db, drive, "SELECT pg_sleep(0.1)", ending=ending)
 
-    async def sibling():
-        connection = await db.session.connection()
-        is_begun.set()
-        await connection.execute(sa.text("SELECT pg_sleep(0.1)"))
-        return "finished"
-
-    async def app(scope, receive, send):
-        db.session.add(Item(id=1))
-        await db.session.flush()
-        siblings.append(asyncio.create_task(sibling()))
-        await is_begun.wait()
-        await asyncio.sleep(0)
-        if ending == "raise":
-            raise ValueError
-        await respond(send)
-
-    exchange = await drive(DBSessionMiddleware(app, database=db))
-
-    assert ["finished"] == await asyncio.gather(*siblings)
+    assert ["finished"] == told
     assert ((None, []) if ending == "raise" else (200, [1])) == (exchange.status, await rows())
     assert 0 == engine.pool.checkedout()
 

@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from asgi_dbscope import Database, DBSessionMiddleware, TransactionTimeoutError
 from tests.fix_asgi import respond
 from tests.fix_database import Item
+from tests.fix_siblings import end_beside_a_sibling
 
 pytestmark = pytest.mark.parametrize("engine", ["asyncmy"], indirect=True)
 SLOW = sa.text("SELECT SLEEP(5)")
@@ -74,29 +75,11 @@ async def test_statement_that_runs_is_not_idle(engine, drive, rows):
 async def test_end_waits_for_a_siblings_statement(engine, drive, rows, ending):
     """G22: neither COMMIT nor ROLLBACK goes out beside a statement of the connection."""
     db = Database(engine, cleanup_timeout=2)
-    is_begun = asyncio.Event()
-    siblings = []
-
-    async def sibling():
-        connection = await db.session.connection()
-        is_begun.set()
-        await connection.execute(sa.text("SELECT SLEEP(0.2)"))
-        return "finished"
-
-    async def app(scope, receive, send):
-        db.session.add(Item(id=1))
-        await db.session.flush()
-        siblings.append(asyncio.create_task(sibling()))
-        await is_begun.wait()
-        await asyncio.sleep(0)
-        if ending == "raise":
-            raise ValueError
-        await respond(send)
 
     async with asyncio.timeout(10):
-        exchange = await drive(DBSessionMiddleware(app, database=db))
-        assert ["finished"] == await asyncio.gather(*siblings)
+        exchange, told = await end_beside_a_sibling(db, drive, "SELECT SLEEP(0.2)", ending=ending)
 
+    assert ["finished"] == told
     assert ((None, []) if ending == "raise" else (200, [1])) == (exchange.status, await rows())
 
 
