@@ -49,11 +49,12 @@ def main() -> int:
     console = Console(stderr=True)
     failed = []
     if options.page_only:
-        results = Results(options.results, None)
+        results = _results(options.results, console, None)
     else:
         install = not (options.no_install or options.list)
         taking_part = _installed(contestants(), console, install=install)
-        results = Results(options.results, _about(taking_part, is_quick=options.quick), source())
+        about = _about(taking_part, is_quick=options.quick)
+        results = _results(options.results, console, about, source())
         planned = _plan(Bench("", taking_part, options.quick), options.only)
         if not planned:
             console.print(f"nothing is called {options.only}: see --list", markup=False)
@@ -96,6 +97,16 @@ def _options() -> argparse.Namespace:
     options.results = options.results or (QUICK / "results.json" if options.quick else RESULTS)
     options.page = options.page or (QUICK / "benchmarks.md" if options.quick else PAGE)
     return options
+
+
+def _results(
+    file: Path, console: Console, about: dict[str, object] | None, source: str | None = None
+) -> Results:
+    """What is written down, so far as it belongs beside what is measured now."""
+    results = Results(file, about, source)
+    for each in results.dropped:
+        console.print(f"dropped: {each}", style="yellow", markup=False)
+    return results
 
 
 def _installed(known: Sequence[Contestant], console: Console, *, install: bool) -> list[Contestant]:

@@ -76,7 +76,7 @@ def _bars(axes: Any, chart: Bars, titles: Mapping[str, str], theme: str) -> None
         low, high = chart.ranges.get(name, (value, value))
         axes.plot([low, high], [place, place], color=THEMES[theme]["ink"], linewidth=1)
         axes.annotate(
-            f"{value:,.1f}".removesuffix(".0"),
+            chart.shown.format(value).removesuffix(".0"),
             (max(value, high), place),
             xytext=(4, 0),
             textcoords="offset points",

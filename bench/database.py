@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import create_engine, insert, make_url
 
 from bench.apps import NAME, Base, Item
+from bench.postgres import WheelServer
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -18,8 +19,6 @@ def database(url: str | None) -> Generator[str]:
     """The one named, else one from the wheel on a unix socket, with the tables in it."""
     with contextlib.ExitStack() as stack:
         if url is None:
-            from tests.fix_postgres import WheelServer
-
             server = WheelServer(max_connections="400")
             stack.callback(server.stop)
             url = server.url().render_as_string(hide_password=False)

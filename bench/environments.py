@@ -43,6 +43,7 @@ ENVIRONMENTS: dict[str, Environment] = {
             "asgi-sqlalchemy==0.2.0",
             "context-async-sqlalchemy==2.1.9",
             "fastapi-async-sqlalchemy==0.8.1",
+            "starlette-dishka==1.0.2",
         )
     ),
     "fastapi-sqla": Environment(("fastapi-sqla==4.0.1",), frozenset({"fastapi"})),

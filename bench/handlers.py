@@ -98,6 +98,21 @@ def from_request(
     return {"none": none} | {route: handler(each) for route, each in operations.items()}
 
 
+def awaited_from_request(
+    request_type: Any, get: Callable[[Any], Awaitable[AsyncSession]], operations: Operations
+) -> Handlers:
+    """`await get(request)` wherever the session is needed."""
+
+    def handler(operation: Handler) -> Handler:
+        async def handle(request: Any) -> Any:
+            return await operation(await get(request))
+
+        handle.__annotations__["request"] = request_type
+        return handle
+
+    return {"none": none} | {route: handler(each) for route, each in operations.items()}
+
+
 def given(session_type: Any, operations: Operations) -> Handlers:
     """An argument of the handler: the annotation says where it comes from."""
 

@@ -6,7 +6,7 @@ import asyncio
 import statistics
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bench import environments
 from bench.apps import Setup
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from bench.contestant import Contestant
+
+T = TypeVar("T")
 
 Json = Any
 """What a unit found: whatever JSON can hold."""
@@ -58,8 +60,11 @@ class Bench:
         contestant: Contestant,
         setup: Setup | None = None,
         loop: str = "asyncio",
+        *,
         wrapper: Sequence[str] = (),
         source: Path | None = None,
+        beside: Sequence[Contestant] = (),
+        start: int = 0,
     ) -> Worker:
         """A process for a contestant, in its environment; use it in a `with` block."""
         python = environments.python(contestant.environment)
@@ -70,16 +75,22 @@ class Bench:
             loop=loop,
             wrapper=wrapper,
             source=source,
+            beside=beside,
+            start=start,
         )
 
     def server(self, contestant: Contestant) -> Server:
         """The server of a contestant, kept to the end of the run."""
         if contestant.name not in self.servers:
-            python = environments.python(contestant.environment)
-            pool = {"pool_size": POOL_SIZE, "max_overflow": 0}
-            server = Server(contestant, python, Setup(self.url, pool))
-            self.servers[contestant.name] = self.kept.enter_context(server)
+            server = self.kept.enter_context(self.new_server(contestant))
+            self.servers[contestant.name] = server
         return self.servers[contestant.name]
+
+    def new_server(self, contestant: Contestant, start: int = 0) -> Server:
+        """One of its own, with *start* as its hash seed; use it in a `with` block."""
+        python = environments.python(contestant.environment)
+        pool = {"pool_size": POOL_SIZE, "max_overflow": 0}
+        return Server(contestant, python, Setup(self.url, pool), start)
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,9 @@ class Bars:
 
         values: By the name of a contestant.
 
-        ranges: The quartiles of each, where they are known.
+        ranges: Between which two each is, where that is known.
+
+        shown: How a value is written.
     """
 
     name: str
@@ -122,6 +135,7 @@ class Bars:
     ranges: Mapping[str, tuple[float, float]] = field(
         default_factory=dict[str, tuple[float, float]]
     )
+    shown: str = "{:,.1f}"
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,14 @@ class Measure(Protocol):
     def tables(self, found: Mapping[str, Json], /) -> list[Table]: ...
 
 
+def asked(group: str, asking: Coroutine[Any, Any, T]) -> T:
+    """What the servers of a group answer; what goes wrong with them is told as theirs."""
+    try:
+        return asyncio.run(asking)
+    except (OSError, EOFError) as error:  # a timeout, a connection that broke
+        raise ServerFailedError(f"{group}: {error!r}") from error
+
+
 def by_group(
     bench: Bench,
     groups: Sequence[str],
@@ -217,11 +239,7 @@ def by_group(
         contestants = [each for each in bench.group(group) if not ways or each.way in ways]
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
-            servers = [bench.server(each) for each in contestants]
-            try:
-                return asyncio.run(measure(servers, tell))
-            except (OSError, EOFError) as error:  # a timeout, a connection that broke
-                raise ServerFailedError(f"{group}: {error!r}") from error
+            return asked(group, measure([bench.server(each) for each in contestants], tell))
 
         names = [each.name for each in contestants]
         return Unit(group, names, seconds * len(contestants), run)

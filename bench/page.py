@@ -43,7 +43,9 @@ Raw ASGI apps, without a framework: there every microsecond shows. *By hand* is 
 other* is the best of the others that take raw ASGI apps ({others}), the tables below have all of \
 them. The *target* is a figure that we set ourselves before we began, the microseconds on one \
 machine where a session that is opened by hand and not used costs 56. Times are of the \
-processor, medians of pairs of one round. What was missed, and why: \
+processor, each beside its control in the same process, in brackets between which two they are, \
+whatever processes differ by ([how](#time)). *Met* and *not met* are said where all of that is on \
+one side of the target. *By hand* is beside a second one of the same. What was missed, and why: \
 [decisions](design.md#decisions).
 """
 

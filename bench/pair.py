@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bench.contestants import by_name
-from bench.measure import Bench, Json, Table, Unit, quartiles
-from bench.measures.latency import interleave
+from bench.measure import Bench, Json, Table, Unit
+from bench.race import OTHER, OWN, Budget, in_processes, median, ratio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from bench.race import Raced
+
 
 @dataclass(frozen=True)
 class Pair:
-    """A measure of two contestants, by turns: microseconds of the processor, and their ratio.
+    """A measure of two contestants in one process: microseconds of the processor, their ratio.
 
     Attributes:
         names: Of the two.
@@ -36,36 +36,34 @@ class Pair:
     needs: Sequence[str] = ()
 
     def units(self, bench: Bench) -> list[Unit]:
-        rounds = int(bench.budget(50, 3))
-        batch_seconds = bench.budget(0.015, 0.002)
+        first, second = map(by_name, self.names)
+        racing = {second: dict.fromkeys(self.routes, first)}
+        budget = Budget(
+            starts=int(bench.budget(3, 2)),
+            rounds=int(bench.budget(25, 3)),
+            batch_seconds=bench.budget(0.006, 0.002),
+        )
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
-            found: dict[str, Json] = {}
-            with contextlib.ExitStack() as stack:
-                workers = [stack.enter_context(bench.worker(by_name(name))) for name in self.names]
-                for done, route in enumerate(self.routes):
-                    found[route] = interleave(workers, route, rounds, batch_seconds)
-                    tell((done + 1) / len(self.routes))
-            return found
+            return in_processes(bench, racing, budget, tell=tell)
 
-        seconds = 2 * (1.5 + len(self.routes) * rounds * batch_seconds * 1.2)
-        return [Unit("asyncio", self.names, seconds, run)]
+        return [Unit("asyncio", self.names, budget.seconds(racing), run)]
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         return [
             Table(
                 "Microseconds of the processor",
                 (*self.columns, "ratio"),
-                {title: self._row(routes[route]) for route, title in self.routes.items()},
+                {
+                    title: self._row(routes[route][self.names[1]])
+                    for route, title in self.routes.items()
+                },
             )
             for routes in found.values()
         ]
 
-    def _row(self, samples: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
-        first, second = (samples[name]["cpu"] for name in self.names)
-        ratios = [b / a for a, b in zip(first, second, strict=True)]
-        low, high = quartiles(ratios)
+    def _row(self, processes: Sequence[Raced]) -> list[str]:
         return [
-            *(f"{statistics.median(each):,.2f}" for each in (first, second)),
-            f"{statistics.median(ratios):.2f} ({low:.2f} to {high:.2f})",
+            *(f"{median(processes, 'cpu', which):,.2f}" for which in (OTHER, OWN)),
+            ratio(processes, "cpu").told("{:.2f}"),
         ]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,16 +17,23 @@ if TYPE_CHECKING:
     from bench.measure import Json, Unit
 
 
+METHOD = 2
+"""Raised where measures find other things than before, or write them down otherwise."""
+
+
 class Results:
     """The file. A unit is written down when it is done, so that an interrupted run goes on.
 
     Args:
         path: Where it is; it need not exist.
 
-        about: The machine and the versions. Results of others are left behind. `None`: those that
-            are written there.
+        about: The machine and the versions. `None`: those that are written there.
 
-        source: The package's. What was measured of another is measured again.
+        source: The package's. `None`: whatever is written there.
+
+    Attributes:
+        dropped: What was left behind, and why: what was measured on another machine, of other
+            versions, of another package or by another method says nothing beside the rest.
     """
 
     def __init__(
@@ -33,14 +41,33 @@ class Results:
     ) -> None:
         self.path = path
         self.source = source
-        self.about = dict(about or {})
+        self.about = {**(about or {}), "method": METHOD}
+        self.dropped: list[str] = []
         self._measures: dict[str, dict[str, Any]] = {}
         if path.exists():
-            written = json.loads(path.read_text())
-            if about is None:
-                self.about = written["about"]
-            if written["about"] == json.loads(json.dumps(self.about)):
-                self._measures = written["measures"]
+            self._take(json.loads(path.read_text()), is_any=about is None)
+
+    def _take(self, written: dict[str, Any], *, is_any: bool) -> None:
+        then: dict[str, Any] = written["about"]
+        if is_any:
+            self.about = {**then, "method": METHOD}
+        others = _differences({"method": 1, **then}, json.loads(json.dumps(self.about)))
+        units = {
+            (measure, unit): told
+            for measure, told_by_unit in written["measures"].items()
+            for unit, told in told_by_unit.items()
+        }
+        if others and units:
+            self.dropped = [f"all {len(units)} that were measured with {each}" for each in others]
+            return
+        for (measure, unit), told in units.items():
+            if self.source is not None and self.source != told["source"]:
+                self.dropped.append(
+                    f"{measure}/{unit}, measured of the package as {told['source']}, which is "
+                    f"{self.source} now"
+                )
+            else:
+                self._measures.setdefault(measure, {})[unit] = told
 
     def has(self, measure: str, unit: Unit) -> bool:
         """Whether that unit is done, with the very same contestants and source."""
@@ -61,7 +88,8 @@ class Results:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         draft = self.path.with_name(f"{self.path.name}.draft")
-        draft.write_text(json.dumps({"about": self.about, "measures": self._measures}, indent=1))
+        written = json.dumps({"about": self.about, "measures": self._measures}, indent=1)
+        draft.write_text(_NUMBERS.sub(lambda found: "".join(found[0].split()), written))
         draft.replace(self.path)
 
     def found(self, measure: str) -> dict[str, Json]:
@@ -72,6 +100,22 @@ class Results:
         """The lowest and the highest load average that there was."""
         loads = [unit["load"] for units in self._measures.values() for unit in units.values()]
         return min(loads, default=0.0), max(loads, default=0.0)
+
+
+_NUMBERS = re.compile(r"\[[-+.\deE,\s]+\]")
+"""A list of numbers, which has a line."""
+
+
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], name: str = "") -> list[str]:
+    """What is otherwise now, and what it was."""
+    found: list[str] = []
+    for key in dict.fromkeys([*then, *now]):
+        before, after = then.get(key), now.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{name}{key} ")
+        elif before != after:
+            found.append(f"{name}{key} {before}, now {after}")
+    return found
 
 
 def source() -> str:

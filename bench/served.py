@@ -38,6 +38,8 @@ class Served:
         self.engine = application.engine
         self.state: dict[str, Any] = {}
         """What the lifespan left for requests."""
+        self.beside: dict[str, Served] = {}
+        """By name, the others in this process."""
 
     def scope(self, route: str) -> dict[str, Any]:
         path = f"/{route}"

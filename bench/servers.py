@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -57,17 +58,20 @@ class Server:
 
         setup: What the app is made with.
 
+        start: Which of several processes of the same it is: `PYTHONHASHSEED`.
+
     Attributes:
         name: The contestant's.
 
         port: Where it listens.
     """
 
-    def __init__(self, contestant: Contestant, python: Path, setup: Setup) -> None:
+    def __init__(self, contestant: Contestant, python: Path, setup: Setup, start: int = 0) -> None:
         self.name = contestant.name
         self.port = 0
         order = {"name": contestant.name, "setup": dataclasses.asdict(setup)}
         self._command: list[str | Path] = [python, "-P", SERVE, json.dumps(order)]
+        self._environ = {**os.environ, "PYTHONHASHSEED": str(start)}
 
     def __enter__(self) -> Self:
         self._log = tempfile.TemporaryFile()
@@ -76,6 +80,7 @@ class Server:
             self._process = subprocess.Popen(
                 [*self._command, str(listener.fileno())],
                 pass_fds=[listener.fileno()],
+                env=self._environ,
                 stdout=self._log,
                 stderr=self._log,
             )

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bench.estimate import Estimate, exactly
 from bench.measures.hold import CROWDS, OCCASIONS, is_slowed
-from bench.measures.throughput import ratio
+from bench.race import Raced, above, ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from bench.results import Results
 
@@ -25,8 +25,11 @@ COLUMNS = ("by hand", "best other", "asgi-dbscope", "target", "")
 Found = dict[str, Any]
 """What a measure found, by contestant."""
 
-Read = Callable[["Results", str], float]
+Read = Callable[["Results", str], Estimate]
 """What was measured for a contestant; a `KeyError` says that nothing was."""
+
+NOISE = "within the noise of the target"
+"""Neither met nor missed: the interval is on both sides of it."""
 
 
 @dataclass(frozen=True)
@@ -52,37 +55,45 @@ class Target:
         """Its row of the table; *names* are those of the contestants."""
         found = {name: self._value(results, name) for name in names if name != BARE}
         by_hand, ours = found.pop(BY_HAND, None), found.pop(OURS, None)
-        best = min((value for value in found.values() if value is not None), default=None)
-        met = "not measured" if ours is None else "met" if ours <= self.goal else "**not met**"
-        shown = ["" if each is None else self.shown.format(each) for each in (by_hand, best, ours)]
-        return [self.what, *shown, f"≤ {self.shown.format(self.goal)}", met]
+        measured = [each for each in found.values() if each is not None]
+        best = min(measured, key=lambda each: each.value, default=None)
+        return [
+            self.what,
+            *("" if each is None else self._told(each) for each in (by_hand, best, ours)),
+            f"≤ {self.shown.format(self.goal)}",
+            "not measured" if ours is None else self.verdict(ours),
+        ]
 
-    def _value(self, results: Results, name: str) -> float | None:
+    def verdict(self, ours: Estimate) -> str:
+        """Whether all of what it may be is on one side."""
+        if ours.high <= self.goal:
+            return "met"
+        return "**not met**" if ours.low > self.goal else NOISE
+
+    def _told(self, found: Estimate) -> str:
+        value, low, high = map(self.shown.format, (found.value, found.low, found.high))
+        return value if found.low == found.high else f"{value} ({low} to {high})"
+
+    def _value(self, results: Results, name: str) -> Estimate | None:
         try:
             return self.read(results, name)
         except KeyError:
             return None
 
 
-def _times(results: Results, route: str, name: str) -> list[float]:
-    samples: list[float] = results.found("latency")[f"asyncio {GROUP}"][route][name]["cpu"]
-    return samples
+def _times(results: Results, route: str, name: str) -> Sequence[Raced]:
+    processes: Sequence[Raced] = results.found("latency")[f"asyncio {GROUP}"][route][name]
+    return processes
 
 
 def time_above_bare(route: str) -> Read:
-    """Microseconds above the bare app, in pairs of one round."""
-    return lambda results, name: statistics.median(
-        a - b
-        for a, b in zip(_times(results, route, name), _times(results, route, BARE), strict=True)
-    )
+    """Microseconds above the bare app."""
+    return lambda results, name: above(_times(results, route, name), "cpu")
 
 
 def time_ratio(route: str) -> Read:
-    """To by hand, in pairs of one round."""
-    return lambda results, name: statistics.median(
-        a / b
-        for a, b in zip(_times(results, route, name), _times(results, route, BY_HAND), strict=True)
-    )
+    """To by hand."""
+    return lambda results, name: ratio(_times(results, route, name), "cpu")
 
 
 def _count(results: Results, route: str, name: str) -> float:
@@ -92,49 +103,44 @@ def _count(results: Results, route: str, name: str) -> float:
 
 def instructions_above_bare(route: str) -> Read:
     """Thousands of instructions above the bare app."""
-    return lambda results, name: (
+    return lambda results, name: exactly(
         (_count(results, route, name) - _count(results, "none", BARE)) / 1e3
     )
 
 
 def instructions_ratio(route: str) -> Read:
     """To by hand."""
-    return lambda results, name: _count(results, route, name) / _count(results, route, BY_HAND)
+    return lambda results, name: exactly(
+        _count(results, route, name) / _count(results, route, BY_HAND)
+    )
 
 
 def server_ratio(route: str) -> Read:
     """The server's CPU, to by hand."""
-
-    def read(results: Results, name: str) -> float:
-        found = results.found("throughput")[GROUP]
-        return ratio(found[name][route], found[BY_HAND][route])
-
-    return read
+    return lambda results, name: ratio(results.found("throughput")[GROUP][name][route], "cpu")
 
 
 def allocated(what: str, unit: float = 1) -> Read:
     """What a request without a database allocates above the bare app."""
 
-    def read(results: Results, name: str) -> float:
+    def read(results: Results, name: str) -> Estimate:
         found = results.found("allocations")[GROUP]
-        above: float = found[name]["none"][what] - found[BARE]["none"][what]
-        return above / unit
+        return exactly((found[name]["none"][what] - found[BARE]["none"][what]) / unit)
 
     return read
 
 
 def held(route: str) -> Read:
     """Milliseconds that a connection is held after the head."""
-    return lambda results, name: float(results.found("hold")[GROUP][name][route])
+    return lambda results, name: exactly(results.found("hold")[GROUP][name][route])
 
 
 def slowed(route: str) -> Read:
     """Milliseconds that others wait longer; none, as long as they wait for no connection."""
 
-    def read(results: Results, name: str) -> float:
+    def read(results: Results, name: str) -> Estimate:
         waits = results.found("hold")[GROUP][name][route]
-        longer: float = waits["beside"] - waits["calm"]
-        return longer if is_slowed(waits) else 0.0
+        return exactly(waits["beside"] - waits["calm"] if is_slowed(waits) else 0.0)
 
     return read
 

@@ -1,7 +1,8 @@
 """A contestant in a process of its own: the runner says which function of a measure it runs.
 
 One process each, so that nobody pays for another's imports, listeners and garbage, and nobody's
-pins bind the others. The requests and answers are lines of JSON on stdin and stdout.
+pins bind the others. Beside it there may be those that it is compared with: the bare app, say. The
+requests and answers are lines of JSON on stdin and stdout.
 """
 
 from __future__ import annotations
@@ -56,6 +57,11 @@ class Worker:
         wrapper: What starts the interpreter: valgrind and its options, say.
 
         source: A directory whose packages come before those that are installed.
+
+        beside: Whose apps are in the same process, each with an engine of its own.
+
+        start: Which of several processes of the same it is: `PYTHONHASHSEED`, and in which order
+            the apps are made.
     """
 
     def __init__(
@@ -67,10 +73,18 @@ class Worker:
         loop: str = "asyncio",
         wrapper: Sequence[str | Path] = (),
         source: Path | None = None,
+        beside: Sequence[Contestant] = (),
+        start: int = 0,
     ) -> None:
         self.contestant = contestant
-        order = {"name": contestant.name, "setup": dataclasses.asdict(setup), "loop": loop}
-        self._environ = {**os.environ, "PYTHONHASHSEED": "0"}
+        order = {
+            "name": contestant.name,
+            "beside": [each.name for each in beside],
+            "start": start,
+            "setup": dataclasses.asdict(setup),
+            "loop": loop,
+        }
+        self._environ = {**os.environ, "PYTHONHASHSEED": str(start)}
         if source is not None:
             self._environ["PYTHONPATH"] = str(source)
         self._command = [*wrapper, python, "-P", __file__, json.dumps(order)]
@@ -125,19 +139,28 @@ def _pipe(pipe: IO[str] | None) -> IO[str]:
     return pipe
 
 
-async def _work(name: str, setup: Setup, answers: IO[str]) -> None:
-    contestant = by_name(name)
-    served = Served(contestant.make(setup))
-    async with served.lifespan():
+async def _work(order: dict[str, Any], answers: IO[str]) -> None:
+    setup = Setup(**order["setup"])
+    names: list[str] = [order["name"], *order["beside"]]
+    made: dict[int, Served] = {}
+    for turn in range(len(names)):
+        place = (turn + order["start"]) % len(names)
+        made[place] = Served(by_name(names[place]).make(setup))
+    served = made.pop(0)
+    served.beside = {names[place]: each for place, each in made.items()}
+    async with contextlib.AsyncExitStack() as stack:
+        for each in (served, *made.values()):
+            await stack.enter_async_context(each.lifespan())
         for line in sys.stdin:  # blocking: nothing else is to happen meanwhile
             function, arguments = json.loads(line)
             module, _, attribute = function.partition(":")
             result = await getattr(import_module(module), attribute)(served, *arguments)
             answers.write(json.dumps(result) + "\n")
             answers.flush()
-        disposing: Any = served.engine.dispose()
-        if disposing is not None:
-            await disposing
+        for each in (served, *made.values()):
+            disposing: Any = each.engine.dispose()
+            if disposing is not None:
+                await disposing
 
 
 def main() -> None:
@@ -147,7 +170,7 @@ def main() -> None:
     os.dup2(2, 1)
     factory = import_module("uvloop").new_event_loop if order["loop"] == "uvloop" else None
     with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(_work(order["name"], Setup(**order["setup"]), answers))
+        runner.run(_work(order, answers))
 
 
 if __name__ == "__main__":

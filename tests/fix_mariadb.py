@@ -21,7 +21,7 @@ from typing import Any, Self
 import pytest
 import sqlalchemy as sa
 
-from tests.fix_postgres import give_to_nobody
+from bench.postgres import give_to_nobody
 
 URL_VARIABLE = "DBSCOPE_TEST_MARIADB_URL"
 

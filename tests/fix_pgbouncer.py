@@ -18,7 +18,7 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 
-from tests.fix_postgres import give_to_nobody
+from bench.postgres import give_to_nobody
 
 SERVER_CONNECTIONS = 3
 """How many connections to PostgreSQL it has to share out."""

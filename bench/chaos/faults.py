@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import URL
 
-    from tests.fix_postgres import WheelServer
+    from bench.postgres import WheelServer
     from tests.fix_proxy import Fault, Place, Proxy
 
     Connection = psycopg.AsyncConnection[tuple[Any, ...]]

@@ -24,7 +24,7 @@ from bench.chaos.logs import Told, strikes
 from bench.chaos.process import CALM, App
 from bench.chaos.requests import Visitors
 from bench.chaos.results import Results
-from tests.fix_postgres import WheelServer
+from bench.postgres import WheelServer
 from tests.fix_proxy import Proxy
 
 if TYPE_CHECKING:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from bench.apps import Application, Setup, framework, operations, sync_operations
 from bench.contestant import Contestant
 from bench.handlers import from_request, given, sync_given
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+
+def _config(package: Any, engine: AsyncEngine | Engine, **options: Any) -> Any:
+    """What each of its extensions is told of the engine."""
+    kind = "Async" if isinstance(engine, AsyncEngine) else "Sync"
+    config, session_config = (
+        getattr(package, name) for name in (f"SQLAlchemy{kind}Config", f"{kind}SessionConfig")
+    )
+    return config(
+        engine_instance=engine, session_config=session_config(expire_on_commit=False), **options
+    )
 
 
 def make_starlette(setup: Setup) -> Application:
@@ -17,13 +31,8 @@ def make_starlette(setup: Setup) -> Application:
     from starlette.requests import Request
 
     engine = setup.async_engine()
-    config = package.SQLAlchemyAsyncConfig(
-        engine_instance=engine,
-        commit_mode="autocommit",
-        session_config=package.AsyncSessionConfig(expire_on_commit=False),
-    )
     starlette = framework("starlette")
-    alchemy = package.AdvancedAlchemy(config=config)
+    alchemy = package.AdvancedAlchemy(config=_config(package, engine, commit_mode="autocommit"))
 
     def get_session(request: Request) -> AsyncSession:
         session: AsyncSession = alchemy.get_async_session(request)
@@ -35,37 +44,22 @@ def make_starlette(setup: Setup) -> Application:
 
 
 def make_fastapi(setup: Setup) -> Application:
-    from advanced_alchemy.extensions import fastapi as package
-    from fastapi import Depends
-
-    engine = setup.async_engine()
-    config = package.SQLAlchemyAsyncConfig(
-        engine_instance=engine,
-        commit_mode="autocommit",
-        session_config=package.AsyncSessionConfig(expire_on_commit=False),
-    )
-    alchemy = package.AdvancedAlchemy(config=config)
     fastapi = framework("fastapi")
-    session_type = Annotated[AsyncSession, Depends(alchemy.provide_session())]
-    app = fastapi.app(given(session_type, operations(fastapi)))
-    alchemy.init_app(app)
-    return Application(app, engine)
+    return _fastapi(setup.async_engine(), AsyncSession, given, operations(fastapi))
 
 
 def make_sync(setup: Setup) -> Application:
+    fastapi = framework("fastapi")
+    return _fastapi(setup.sync_engine(), Session, sync_given, sync_operations(fastapi))
+
+
+def _fastapi(engine: AsyncEngine | Engine, kind: Any, given: Any, each: Any) -> Application:
     from advanced_alchemy.extensions import fastapi as package
     from fastapi import Depends
 
-    engine = setup.sync_engine()
-    config = package.SQLAlchemySyncConfig(
-        engine_instance=engine,
-        commit_mode="autocommit",
-        session_config=package.SyncSessionConfig(expire_on_commit=False),
-    )
-    alchemy = package.AdvancedAlchemy(config=config)
-    fastapi = framework("fastapi")
-    session_type = Annotated[Session, Depends(alchemy.provide_session())]
-    app = fastapi.app(sync_given(session_type, sync_operations(fastapi)))
+    alchemy = package.AdvancedAlchemy(config=_config(package, engine, commit_mode="autocommit"))
+    session_type: Any = Annotated[kind, Depends(alchemy.provide_session())]
+    app = framework("fastapi").app(given(session_type, each))
     alchemy.init_app(app)
     return Application(app, engine)
 
@@ -74,11 +68,8 @@ def make_litestar(setup: Setup) -> Application:
     from advanced_alchemy.extensions import litestar as package
 
     engine = setup.async_engine()
-    config: Any = package.SQLAlchemyAsyncConfig(
-        engine_instance=engine,
-        before_send_handler="autocommit",
-        session_config=package.AsyncSessionConfig(expire_on_commit=False),
-        session_dependency_key="session",
+    config = _config(
+        package, engine, before_send_handler="autocommit", session_dependency_key="session"
     )
     litestar = framework("litestar")
     handlers = given(AsyncSession, operations(litestar))

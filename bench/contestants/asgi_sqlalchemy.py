@@ -1,4 +1,4 @@
-"""The package asgi-sqlalchemy: its middleware, and its dependency for FastAPI."""
+"""The package asgi-sqlalchemy: its middleware, and what it has for FastAPI and Starlette."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from bench.apps import Application, Setup, framework, operations
 from bench.contestant import Contestant
-from bench.handlers import from_request, given
+from bench.handlers import awaited_from_request, given
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
-
-    from sqlalchemy.ext.asyncio import AsyncSession
 
 
 def make(name: str, setup: Setup) -> Application:
@@ -33,13 +31,10 @@ def make(name: str, setup: Setup) -> Application:
 
         handlers = given(SessionDependency, each)
     else:
+        from asgi_sqlalchemy.starlette import get_session
         from starlette.requests import Request
 
-        def get_session(request: Request) -> AsyncSession:
-            session: AsyncSession = request.scope["db_session"]
-            return session
-
-        handlers = from_request(Request, get_session, each)
+        handlers = awaited_from_request(Request, get_session, each)
     app = module.app(handlers, lifespan=lifespan)
     app.add_middleware(SessionMiddleware)
     return Application(app, context.engine)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from bench.served import Served
 
 OURS = "asgi.ours"
-REQUESTS = {"none": 200_000, "unused": 50_000, "select": 10_000, "insert": 8_000}
+REQUESTS = {"none": 200_000, "unused": 50_000, "select": 50_000, "insert": 8_000}
+SECONDS = {"none": 10, "unused": 10, "select": 70, "insert": 20}
 QUICK = 40
 """A quick run serves so many times fewer."""
 
@@ -71,7 +72,7 @@ class Growth:
             with bench.worker(by_name(OURS)) as worker:
                 return worker.call(grown, route, requests)
 
-        return Unit(route, [OURS], bench.budget(13, 2), run)
+        return Unit(route, [OURS], bench.budget(SECONDS[route], 2), run)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         columns = ("requests", "bytes", "resident bytes", "cyclic objects")

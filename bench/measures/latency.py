@@ -1,22 +1,18 @@
-"""How long a request takes: in process, all contestants of a framework by turns."""
+"""How long a request takes: in process, beside its control."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import statistics
-import time
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.measure import GROUPS, Bars, Bench, Json, Table, Unit, quartiles
-from bench.worker import LOOPS, Worker
+from bench.contestants import by_name
+from bench.measure import GROUPS, Bars, Bench, Json, Table, Unit
+from bench.race import KINDS, Budget, Processes, above, in_processes, median, ratio
+from bench.worker import LOOPS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from bench.contestant import Contestant
-    from bench.served import Served
 
 ROUTES = {
     "none": "no database",
@@ -30,41 +26,23 @@ ABOVE = ("none", "unused")
 RACES = {"asyncio": GROUPS, "uvloop": ("asgi", "fastapi")}
 """By event loop: the groups that are measured on it."""
 
-ROUNDS = {"asyncio": 40, "uvloop": 20}
-WARM = 20
-"""Requests before it counts."""
-
-
-async def prepare(served: Served, route: str, batch_seconds: float) -> int:
-    """Warm up; how many requests make a batch."""
-    answer = await served.ask(route)
-    if answer.status != HTTPStatus.OK or b"item" not in answer.body:
-        raise RuntimeError(f"{route}: {answer}")
-    await served.serve(route, WARM)
-    start = time.perf_counter()
-    await served.serve(route, WARM)
-    gc.collect()
-    return max(1, round(WARM * batch_seconds / (time.perf_counter() - start)))
-
-
-async def batch(served: Served, route: str, requests: int) -> tuple[float, float]:
-    """Microseconds for one request: with the waiting, and the processor's alone."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    await served.serve(route, requests)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return wall / requests * 1e6, cpu / requests * 1e6
-
 
 class Latency:
     name = "latency"
     title = "Time"
     about = (
         "Microseconds for one request, in process, without a server: medians. In brackets, without "
-        "a statement: how many more than the bare app; with one: the ratio to by hand, with its "
-        "quartiles. Both are of pairs of one round, as the contestants of a framework take turns. "
-        "*Wall* is with the wait for the database, *cpu* is this process's alone. Each contestant "
-        "is one process, and processes of the same code differ: without a database *by hand* is "
-        "the bare app, so what they differ by there is no difference. Trust the instructions more."
+        "a statement: how many more than the bare app; with one: the ratio to by hand. Both are "
+        "paired: the bare app, or by hand, is in the same process, in the same framework, with an "
+        "engine of its own, and they take turns of a few milliseconds, each round by chance. Each "
+        "contestant has at least three processes, with other hash seeds and its apps made in "
+        "another order, and the interval reaches over what each of them says with 95 %: also over "
+        "what processes differ by. *The bare app* and *by hand* are themselves beside a second one "
+        "of the same: what their rows are off 0 and 1 is what the method is off.\n\n"
+        "*Wall* is with the wait for the database, *cpu* is this process's alone. The garbage "
+        "collector is on. What there is after the warm-up is frozen (`gc.freeze()`), so that no "
+        "collection looks at the imports; a turn begins with none of another's garbage, and has "
+        "what it leaves behind collected in its own time."
     )
     needs: Sequence[str] = ()
 
@@ -74,23 +52,20 @@ class Latency:
         return [self._unit(bench, loop, group) for loop in LOOPS for group in RACES[loop]]
 
     def _unit(self, bench: Bench, loop: str, group: str) -> Unit:
-        contestants = bench.group(group)
-        rounds = int(bench.budget(ROUNDS[loop], 3))
-        batch_seconds = bench.budget(0.015, 0.002)
+        racing = {each: controls(each) for each in bench.group(group)}
+        # The targets are those of the first: it has more.
+        is_first = (loop, group) == ("asyncio", GROUPS[0])
+        budget = Budget(
+            starts=int(bench.budget(6 if is_first else 3, 2)),
+            rounds=int(bench.budget(30 if is_first else 20, 3)),
+            batch_seconds=bench.budget(0.005, 0.002),
+        )
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
-            with contextlib.ExitStack() as stack:
-                workers = [
-                    stack.enter_context(bench.worker(each, loop=loop)) for each in contestants
-                ]
-                found: dict[str, Json] = {}
-                for done, route in enumerate(ROUTES):
-                    found[route] = interleave(workers, route, rounds, batch_seconds)
-                    tell((done + 1) / len(ROUTES))
-            return found
+            return in_processes(bench, racing, budget, loop=loop, tell=tell)
 
-        seconds = len(contestants) * (1.5 + len(ROUTES) * rounds * batch_seconds * 1.2)
-        return Unit(f"{loop} {group}", [each.name for each in contestants], seconds, run)
+        names = [each.name for each in racing]
+        return Unit(f"{loop} {group}", names, budget.seconds(racing), run)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         return [
@@ -101,7 +76,7 @@ class Latency:
                 charts=charts(unit, routes) if kind == "cpu" else (),
             )
             for unit, routes in found.items()
-            for kind in ("wall", "cpu")
+            for kind in KINDS
         ]
 
 
@@ -109,64 +84,55 @@ def takes_part(contestant: Contestant, route: str) -> bool:
     return route in ABOVE or contestant.way != "bare"
 
 
-def interleave(
-    workers: Sequence[Worker], route: str, rounds: int, batch_seconds: float
-) -> dict[str, Any]:
-    """Let them take turns: A B C ... C B A ...; what disturbs the machine disturbs all of them."""
-    racing = [each for each in workers if takes_part(each.contestant, route)]
-    sizes = [each.call(prepare, route, batch_seconds) for each in racing]
-    samples: dict[str, Any] = {each.contestant.name: {"wall": [], "cpu": []} for each in racing}
-    turns = list(zip(racing, sizes, strict=True))
-    for number in range(rounds):
-        for worker, size in reversed(turns) if number % 2 else turns:
-            wall, cpu = worker.call(batch, route, size)
-            samples[worker.contestant.name]["wall"].append(round(wall, 3))
-            samples[worker.contestant.name]["cpu"].append(round(cpu, 3))
-    return samples
+def controls(contestant: Contestant) -> dict[str, Contestant]:
+    """By route, what it is compared with, in its own framework."""
+    bare, by_hand = (by_name(f"{contestant.group}.{way}") for way in ("bare", "by_hand"))
+    return {
+        route: bare if route in ABOVE else by_hand
+        for route in ROUTES
+        if takes_part(contestant, route)
+    }
 
 
-def charts(unit: str, routes: Mapping[str, Any]) -> list[Bars]:
+def charts(unit: str, routes: Processes) -> list[Bars]:
     """What a request with a statement takes, on the event loop that Python has."""
     loop, _, group = unit.partition(" ")
+    ratios = {
+        route: {name: ratio(processes, "cpu") for name, processes in routes[route].items()}
+        for route in ("select", "insert")
+        if loop == "asyncio"
+    }
     return [
         Bars(
             f"latency-{group}-{route}",
-            f"{ROUTES[route]}, {group}: microseconds of the processor",
-            {name: statistics.median(times["cpu"]) for name, times in routes[route].items()},
-            {name: quartiles(times["cpu"]) for name, times in routes[route].items()},
+            f"{ROUTES[route]}, {group}: the processor's time, by hand = 1",
+            {name: each.value for name, each in found.items()},
+            {name: (each.low, each.high) for name, each in found.items()},
+            shown="{:.3f}",
         )
-        for route in ("select", "insert")
-        if loop == "asyncio"
+        for route, found in ratios.items()
     ]
 
 
-def rows(routes: Mapping[str, Any], kind: str) -> dict[str, list[str]]:
-    """Medians; in brackets what the pairs of one round say, and their quartiles."""
-    names = dict.fromkeys(name for samples in routes.values() for name in samples)
+def rows(routes: Processes, kind: str) -> dict[str, list[str]]:
+    """Medians; in brackets what the pairs of one round say."""
+    names = dict.fromkeys(name for processes in routes.values() for name in processes)
     return {
         name: [
-            _cell(routes, route, name, kind) if name in routes[route] else "" for route in routes
+            _cell(route, routes[route][name], kind) if name in routes[route] else ""
+            for route in routes
         ]
         for name in names
     }
 
 
-def _cell(routes: Mapping[str, Any], route: str, name: str, kind: str) -> str:
-    own = routes[route][name][kind]
-    group, _, _ = name.partition(".")
-    told = f"{statistics.median(own):,.1f}"
-    if route in ABOVE:
-        other = routes[route].get(f"{group}.bare")
-        if other is None or name == f"{group}.bare":
-            return told
-        more = [a - b for a, b in zip(own, other[kind], strict=True)]
-        return f"{told} ({statistics.median(more):+,.1f})"
-    other = routes[route].get(f"{group}.by_hand")
-    if other is None or name == f"{group}.by_hand":
-        return told
-    ratios = [a / b for a, b in zip(own, other[kind], strict=True)]
-    low, high = quartiles(ratios)
-    return f"{told} ({statistics.median(ratios):.3f}: {low:.3f} to {high:.3f})"
+def _cell(route: str, processes: Sequence[Json], kind: str) -> str:
+    told = (
+        above(processes, kind).told("{:+,.2f}")
+        if route in ABOVE
+        else ratio(processes, kind).told("{:.3f}")
+    )
+    return f"{median(processes, kind):,.2f} ({told})"
 
 
 MEASURE = Latency()

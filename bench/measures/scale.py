@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.apps import SELECT
+from bench.calls import count_calls
 from bench.frameworks.asgi import START
 from bench.measure import Bench, Json, Table, Unit
 from bench.served import discard, receive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from types import FrameType
 
     from bench.served import Served
 
@@ -57,30 +55,15 @@ class Past:
 
     async def cost(self) -> dict[str, float]:
         """Calls that the package makes for a request, and microseconds of the processor."""
+        import asgi_dbscope
+
         times = []
         for _ in range(TIMED):
             start = time.process_time()
             await self.serve(1)
             times.append((time.process_time() - start) * 1e6)
-        return {"calls": await self._calls(), "cpu": round(statistics.median(times), 1)}
-
-    async def _calls(self) -> int:
-        import asgi_dbscope
-
-        package = str(Path(asgi_dbscope.__file__).parent)
-        counted = 0
-
-        def note(frame: FrameType, what: str, _: object) -> None:
-            nonlocal counted
-            if what in {"call", "c_call"} and frame.f_code.co_filename.startswith(package):
-                counted += 1
-
-        sys.setprofile(note)
-        try:
-            await self.serve(1)
-        finally:
-            sys.setprofile(None)
-        return counted
+        calls = await count_calls(asgi_dbscope, self.serve(1))
+        return {"calls": calls, "cpu": round(statistics.median(times), 1)}
 
     async def end(self) -> None:
         self._is_over.set()

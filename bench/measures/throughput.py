@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import statistics
+import contextlib
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bench.measure import GROUPS, Bars, Bench, Json, Table, Unit, by_group, quartiles
+from bench.contestants import by_name
+from bench.measure import GROUPS, Bars, Bench, Json, Table, Unit, asked
+from bench.race import median, ratio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
+    from bench.contestant import Contestant
+    from bench.race import Raced
     from bench.servers import Server
 
 ROUTES = {"none": "no database", "select": "one SELECT", "insert": "one INSERT, committed"}
 
 CLIENTS = 4
 """Fewer than the pool has connections: nobody waits for one."""
+
+TURNS = {"none": 1, "select": 2, "insert": 1}
+"""By route: turns of each server, where no framework is in the way and there is more to see."""
+
+Crew = tuple["Server", "Sequence[Server]"]
+"""By hand, and one or two that have their turns before and after it."""
 
 
 async def slice_of(server: Server, route: str) -> dict[str, float]:
@@ -31,6 +42,36 @@ async def slice_of(server: Server, route: str) -> dict[str, float]:
     return {"rate": round(served / elapsed, 1), "cpu": round(cpu, 2)}
 
 
+async def load(crews: Sequence[Crew], turns: Mapping[str, int]) -> dict[str, dict[str, Raced]]:
+    """By contestant and route: what it took, and by hand beside it."""
+    found: dict[str, dict[str, Raced]] = {}
+    for by_hand, others in crews:
+        for server, route in ((each, route) for each in (by_hand, *others) for route in turns):
+            if has(server.name, route):
+                await server.warm(route)
+    for route, by_hand, others in (
+        (route, *crew) for route, times in turns.items() for _ in range(times) for crew in crews
+    ):
+        racing = [each for each in others if has(each.name, route)]
+        if not racing:
+            continue
+        own = [await slice_of(racing[0], route)]
+        beside = await slice_of(by_hand, route)
+        own += [await slice_of(each, route) for each in racing[1:]]
+        for server, taken in zip(racing, own, strict=True):
+            raced = found.setdefault(server.name, {}).setdefault(route, {})
+            for kind in taken:
+                pair = raced.setdefault(kind, [[], []])
+                for samples, each in zip(pair, (taken, beside), strict=True):
+                    samples.append(each[kind])
+    return found
+
+
+def has(name: str, route: str) -> bool:
+    """Whether the contestant has that route: the bare app has no database."""
+    return route == "none" or ".bare" not in name
+
+
 class Throughput:
     name = "throughput"
     title = "Behind a server"
@@ -38,40 +79,37 @@ class Throughput:
         "uvicorn (uvloop, httptools) under wrk with four connections, Python's garbage collector "
         "as it is by default. *CPU* is what the server's process takes for one request, in "
         "microseconds: the honest column, because wrk and PostgreSQL share the cores with it. "
-        "The contestants take turns of a second; medians of the turns, and the ratio is that of "
-        "the turns of one round."
+        "Each contestant has three servers, one after the other, with other hash seeds. A turn "
+        "takes a second, and right before or after it a server by hand has its turn, in the same "
+        "environment. Told are medians of the turns, and the ratio to by hand in these pairs: the "
+        "median, the lowest and the highest. *By hand* itself is beside a second server of the "
+        "same: what its row is off 1 is what the method is off."
     )
     needs: Sequence[str] = ("wrk",)
 
     def units(self, bench: Bench) -> list[Unit]:
-        if bench.is_quick:
-            return self._units(bench, GROUPS, {"select": 1})
-        # Without a framework in the way there is more to see.
-        frameworks = [group for group in GROUPS if group != "asgi"]
-        return [
-            *self._units(bench, ["asgi"], {"none": 2, "select": 8, "insert": 4}),
-            *self._units(bench, frameworks, {"select": 2}),
-        ]
+        groups = GROUPS[:1] if bench.is_quick else GROUPS
+        return [self._unit(bench, group) for group in groups if bench.group(group)]
 
-    def _units(self, bench: Bench, groups: Sequence[str], rounds: Mapping[str, int]) -> list[Unit]:
-        async def measure(servers: Sequence[Server], tell: Callable[[float], None]) -> Json:
-            found: dict[str, Json] = {each.name: {} for each in servers}
-            turns = [
-                (server, route)
-                for number in range(max(rounds.values()))
-                for route in rounds
-                if number < rounds[route]
-                for server in servers
-                if route == "none" or ".bare" not in server.name
-            ]
-            for server, route in dict.fromkeys(turns):
-                await server.warm(route)
-            for done, (server, route) in enumerate(turns):
-                found[server.name].setdefault(route, []).append(await slice_of(server, route))
-                tell((done + 1) / len(turns))
+    def _unit(self, bench: Bench, group: str) -> Unit:
+        contestants = bench.group(group)
+        starts = int(bench.budget(3, 1))
+        turns = TURNS if group == GROUPS[0] and not bench.is_quick else {"select": 1}
+
+        def run(bench: Bench, tell: Callable[[float], None]) -> Json:
+            found: dict[str, dict[str, list[Raced]]] = {each.name: {} for each in contestants}
+            for start in range(starts):
+                with contextlib.ExitStack() as stack:
+                    crews = list(_crews(bench, contestants, stack, start))
+                    loaded = asked(group, load(crews, turns))
+                for name, routes in loaded.items():
+                    for route, raced in routes.items():
+                        found[name].setdefault(route, []).append(raced)
+                tell((start + 1) / starts)
             return found
 
-        return by_group(bench, groups, sum(rounds.values()) * 1.2 + 1, measure)
+        seconds = starts * len(contestants) * (1.8 * sum(turns.values()) + 1.5)
+        return Unit(group, [each.name for each in contestants], seconds, run)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         return [
@@ -83,7 +121,11 @@ class Throughput:
                     for cell in (f"{ROUTES[route]}: CPU", "to by hand", "requests a second")
                 ],
                 {
-                    name: _cells(samples, _by_hand(contestants), _routes(contestants))
+                    name: [
+                        cell
+                        for route in _routes(contestants)
+                        for cell in _cells(samples.get(route))
+                    ]
                     for name, samples in contestants.items()
                     if samples
                 },
@@ -93,49 +135,51 @@ class Throughput:
         ]
 
 
+def _crews(
+    bench: Bench, contestants: Sequence[Contestant], stack: contextlib.ExitStack, start: int
+) -> Iterator[Crew]:
+    """Start their servers, and one by hand in each of their environments."""
+
+    def started(contestant: Contestant) -> Server:
+        return stack.enter_context(bench.new_server(contestant, start))
+
+    for environment in dict.fromkeys(each.environment for each in contestants):
+        own = [started(each) for each in contestants if each.environment == environment]
+        by_hand = by_name(f"{contestants[0].group}.by_hand")
+        beside = started(replace(by_hand, environment=environment))
+        for first in range(0, len(own), 2):
+            yield beside, own[first : first + 2]
+
+
 def _charts(group: str, contestants: Mapping[str, Json]) -> list[Bars]:
-    cpu = {
-        name: [each["cpu"] for each in samples["select"]]
+    ratios = {
+        name: ratio(samples["select"], "cpu")
         for name, samples in contestants.items()
         if "select" in samples
     }
     return [
         Bars(
             f"throughput-{group}",
-            f"Server's CPU for one SELECT, {group}: microseconds",
-            {name: statistics.median(times) for name, times in cpu.items()},
-            {name: quartiles(times) for name, times in cpu.items()},
+            f"Server's CPU for one SELECT, {group}: by hand = 1",
+            {name: each.value for name, each in ratios.items()},
+            {name: (each.low, each.high) for name, each in ratios.items()},
+            shown="{:.2f}",
         )
     ]
-
-
-def _by_hand(contestants: Mapping[str, Json]) -> Json:
-    return next((each for name, each in contestants.items() if ".by_hand" in name), {})
-
-
-def ratio(ours: Sequence[Json], theirs: Sequence[Json]) -> float:
-    """Of the CPU times of the turns of one round: the median."""
-    ratios: list[float] = [a["cpu"] / b["cpu"] for a, b in zip(ours, theirs, strict=True)]
-    return statistics.median(ratios)
 
 
 def _routes(contestants: Mapping[str, Json]) -> list[str]:
     return [route for route in ROUTES if any(route in each for each in contestants.values())]
 
 
-def _cells(
-    samples: Mapping[str, Json], by_hand: Mapping[str, Json], routes: Sequence[str]
-) -> list[str]:
-    cells = []
-    for route in routes:
-        turns = samples.get(route)
-        if turns is None:
-            cells += ["", "", ""]
-            continue
-        cells.append(f"{statistics.median(each['cpu'] for each in turns):,.0f}")
-        cells.append(f"{ratio(turns, by_hand[route]):.2f}" if route in by_hand else "")
-        cells.append(f"{statistics.median(each['rate'] for each in turns):,.0f}")
-    return cells
+def _cells(processes: Sequence[Raced] | None) -> list[str]:
+    if processes is None:
+        return ["", "", ""]
+    return [
+        f"{median(processes, 'cpu'):,.0f}",
+        ratio(processes, "cpu").told("{:.2f}"),
+        f"{median(processes, 'rate'):,.0f}",
+    ]
 
 
 MEASURE = Throughput()

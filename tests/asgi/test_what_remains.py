@@ -3,17 +3,15 @@
 import asyncio
 import gc
 import itertools
-import sys
 import weakref
 from collections import Counter
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 
 import asgi_dbscope
 from asgi_dbscope import Database, DBSessionMiddleware, SessionScopeClosedError, current_scope
+from bench.calls import count_calls
 from tests.fix_asgi import Drive, http_scope, respond
 from tests.fix_database import Item
 
@@ -104,7 +102,6 @@ async def test_who_follows_in_the_context_of_a_scope_keeps_nothing_of_it(kind, o
 # --------------------------------------------------------------------------------------
 
 
-PACKAGE = str(Path(asgi_dbscope.__file__).parent)
 REQUESTS = 12
 
 
@@ -152,19 +149,7 @@ class Past:
 
     async def calls(self) -> int:
         """Serve one; how many calls the package makes for it, its own and Python's."""
-        counted = 0
-
-        def note(frame: FrameType, what: str, argument: object) -> None:
-            nonlocal counted
-            if what in {"call", "c_call"} and frame.f_code.co_filename.startswith(PACKAGE):
-                counted += 1
-
-        sys.setprofile(note)
-        try:
-            await self.serve(1)
-        finally:
-            sys.setprofile(None)
-        return counted
+        return await count_calls(asgi_dbscope, self.serve(1))
 
     async def end(self) -> None:
         """Let the tasks end that outlived their requests."""

@@ -13,7 +13,8 @@ from bench.database import database
 from bench.measure import Bench, Unit
 from bench.measures.correctness import PROBES, count, is_wrong
 from bench.measures.growth import grown
-from bench.measures.latency import ROUTES, batch, takes_part
+from bench.measures.latency import ROUTES, takes_part
+from bench.race import Raced, above, batch, race, ratio
 from bench.results import Results
 from bench.served import Served
 from bench.worker import WorkerFailedError
@@ -81,6 +82,31 @@ def test_request_and_block_leave_nothing_to_the_cycle_collector(url):
     assert dict.fromkeys(found, 0.0) == found
 
 
+@pytest.mark.parametrize(("way", "route"), [("bare", "none"), ("by_hand", "select")])
+async def test_the_same_beside_itself_is_no_difference(way, route, url):
+    """What is measured of the same code twice is 0 microseconds and 1.00, within its interval."""
+    again, served = (Served(by_name(f"asgi.{way}").make(Setup(url))) for _ in range(2))
+    served.beside = {"again": again}
+    raced = [await race(served, "again", route, 5, 0.001, seed) for seed in range(5)]
+    for each in (served, again):
+        await dispose(each)
+
+    more, times = above(raced, "cpu"), ratio(raced, "cpu")
+    assert more.low <= 0.0 <= more.high
+    assert times.low <= 1.0 <= times.high
+
+
+def test_contestant_and_control_are_in_one_process(url):
+    """Each is an app of its own, and each round has a turn of both."""
+    ours, by_hand = by_name("asgi.ours"), by_name("asgi.by_hand")
+    with Bench(url, []).worker(ours, beside=[by_hand, ours], start=1) as worker:
+        raced: Raced = worker.call(race, by_hand.name, "select", 2, 0.001, 1)
+
+    assert {"wall": [2, 2], "cpu": [2, 2]} == {
+        kind: [len(each) for each in samples] for kind, samples in raced.items()
+    }
+
+
 def test_worker_that_fails_says_why(url):
     """What a contestant's process raises is told, with the contestant's name."""
     with (
@@ -103,15 +129,40 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_changed_package_is_measured_again(tmp_path):
-    """What was measured of another source, or with other contestants, doesn't count as done."""
+    """What was measured of another source is dropped, and told by its name with the reason."""
     unit = Unit("asgi", ["asgi.ours"], 1.0, lambda *_: None)
     Results(tmp_path / "results.json", {}, "before").put("latency", unit, {})
     found = {
-        source: Results(tmp_path / "results.json", {}, source).has("latency", unit)
-        for source in ("before", "after")
+        source: Results(tmp_path / "results.json", {}, source) for source in ("before", "after")
     }
 
-    assert {"before": True, "after": False} == found
+    assert [True, False] == [each.has("latency", unit) for each in found.values()]
+    assert [{"asgi": {}}, {}] == [each.found("latency") for each in found.values()]
+    assert [] == found["before"].dropped
+    assert ["latency/asgi, measured of the package as before, which is after now"] == found[
+        "after"
+    ].dropped
+
+
+def test_results_of_other_versions_are_dropped_and_told(tmp_path):
+    """A page has one machine and one set of versions; what differs is named."""
+    unit = Unit("asgi", ["asgi.ours"], 1.0, lambda *_: None)
+    before, after = ({"versions": {"main": {"greenlet": each}}} for each in ("3.4", "3.5"))
+    Results(tmp_path / "results.json", before, "source").put("latency", unit, {})
+    results = Results(tmp_path / "results.json", after, "source")
+
+    assert {} == results.found("latency")
+    assert ["all 1 that were measured with versions main greenlet 3.4, now 3.5"] == results.dropped
+
+
+def test_lists_of_numbers_have_a_line_each(tmp_path):
+    """The file of results can be read, and what changed in it."""
+    unit = Unit("asgi", ["asgi.ours"], 1.0, lambda *_: None)
+    found = {"times": [1.5, -2e-05, 3], "names": ["a", "b"], "none": []}
+    Results(tmp_path / "results.json", {}).put("latency", unit, found)
+
+    assert '"times": [1.5,-2e-05,3],\n' in (tmp_path / "results.json").read_text()
+    assert {"asgi": found} == Results(tmp_path / "results.json", None).found("latency")
 
 
 def test_what_nothing_is_called_is_an_error(tmp_path):

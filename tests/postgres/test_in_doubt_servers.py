@@ -14,9 +14,9 @@ from asgi_dbscope import (
     Outcome,
 )
 from asgi_dbscope._transaction_status import Server
+from bench.postgres import PostgresUnavailable, WheelServer
 from tests.fix_database import POSTGRES_DRIVERS, Base, Item
 from tests.fix_in_doubt import ENOUGH, run_job
-from tests.fix_postgres import PostgresUnavailable, WheelServer
 from tests.fix_proxy import Proxy, after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
