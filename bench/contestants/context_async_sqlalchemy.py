@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
 from bench.apps import Application, Setup, framework, operations
 from bench.contestant import Contestant
 from bench.handlers import awaited
+from bench.ways import context
 
 
 def make(name: str, setup: Setup) -> Application:
-    from context_async_sqlalchemy import ASGIHTTPDBSessionMiddleware, DBConnect, db_session
+    from context_async_sqlalchemy import ASGIHTTPDBSessionMiddleware
 
     engine = setup.async_engine()
-    connection = DBConnect(
-        engine_creator=lambda _host: engine,
-        session_maker_creator=lambda engine: async_sessionmaker(engine, expire_on_commit=False),
-        host="bench",
-    )
-
-    async def get_session() -> AsyncSession:
-        session: AsyncSession = await db_session(connection)
-        return session
-
+    _, get_session = context(engine)
     module = framework(name)
     app = module.app(awaited(get_session, operations(module)))
     if name == "starlette":

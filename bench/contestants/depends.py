@@ -1,6 +1,6 @@
 """A dependency that yields, then commits, as FastAPI's tutorial has it; both of its scopes."""
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import Generator
 from functools import partial
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from bench.apps import Application, Setup, framework, operations, sync_operations
 from bench.contestant import Contestant
 from bench.handlers import given, sync_given
+from bench.ways import yielding
 
 Scope = Literal["request", "function"]
 
@@ -19,17 +20,7 @@ def make(scope: Scope, setup: Setup) -> Application:
 
     fastapi = framework("fastapi")
     engine = setup.async_engine()
-    session_factory = async_sessionmaker(engine, expire_on_commit=False)
-
-    async def get_session() -> AsyncGenerator[AsyncSession]:
-        async with session_factory() as session:
-            try:
-                yield session
-                await session.commit()
-            except Exception:
-                await session.rollback()
-                raise
-
+    get_session = yielding(async_sessionmaker(engine, expire_on_commit=False))
     session_type = Annotated[AsyncSession, Depends(get_session, scope=scope)]
     return Application(fastapi.app(given(session_type, operations(fastapi))), engine)
 

@@ -3,25 +3,18 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from context_async_sqlalchemy import DBConnect, db_session, new_non_ctx_atomic_session
+from context_async_sqlalchemy import new_non_ctx_atomic_session
 from context_async_sqlalchemy.fastapi_utils import add_fastapi_http_db_session_middleware
 from fastapi import FastAPI
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
 from bench.chaos.app import Contestant, disposing
+from bench.ways import context
 
 
 def make(engine: AsyncEngine) -> Contestant:
     """The app."""
-    connection = DBConnect(
-        engine_creator=lambda _host: engine,
-        session_maker_creator=lambda engine: async_sessionmaker(engine, expire_on_commit=False),
-        host="ledger",
-    )
-
-    async def get_session() -> AsyncSession:
-        session: AsyncSession = await db_session(connection)
-        return session
+    connection, get_session = context(engine)
 
     @asynccontextmanager
     async def own(_: AsyncSession) -> AsyncIterator[AsyncSession]:

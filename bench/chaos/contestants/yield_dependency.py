@@ -7,20 +7,12 @@ from fastapi import FastAPI
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from bench.chaos.app import Contestant, disposing
+from bench.ways import yielding
 
 
 def make(engine: AsyncEngine) -> Contestant:
     """The app."""
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-
-    async def get_session() -> AsyncIterator[AsyncSession]:
-        async with sessions() as session:
-            try:
-                yield session
-                await session.commit()
-            except Exception:
-                await session.rollback()
-                raise
 
     @asynccontextmanager
     async def own(_: AsyncSession) -> AsyncIterator[AsyncSession]:
@@ -28,4 +20,4 @@ def make(engine: AsyncEngine) -> Contestant:
             yield session
 
     app = FastAPI(lifespan=disposing(engine))
-    return Contestant(app, engine, get_session, in_background=own)
+    return Contestant(app, engine, yielding(sessions), in_background=own)
