@@ -1,6 +1,6 @@
 """What a request costs, beside every other way to get a session: measured, and written down.
 
-    python -m bench --quick                 # a look: two minutes
+    python -m bench --quick                 # a look: three minutes
     python -m bench                         # all of it; what is in the results file already, stays
     python -m bench --only latency 'instructions/fast*'
 

@@ -38,7 +38,8 @@ class Concurrency:
     title = "Many at the same time"
     about = (
         "Microseconds of the processor for one request, the more of them there are at the same "
-        "time, in process, with a pool of ten connections: medians of rounds by turns."
+        "time, in process, with a pool of ten connections: medians of rounds by turns. Each "
+        "contestant is one process: read a row from left to right, and not beside the others."
     )
     needs: Sequence[str] = ()
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OURS = "asgi.ours"
 REQUESTS = {"none": 200_000, "unused": 50_000, "select": 50_000, "insert": 8_000}
-SECONDS = {"none": 10, "unused": 10, "select": 70, "insert": 20}
+SECONDS = {"none": 10, "unused": 10, "select": 50, "insert": 12}
 QUICK = 40
 """A quick run serves so many times fewer."""
 

@@ -23,8 +23,12 @@ ROUTES = {"none": "no database", "select": "one SELECT", "insert": "one INSERT, 
 CLIENTS = 4
 """Fewer than the pool has connections: nobody waits for one."""
 
-TURNS = {"none": 1, "select": 2, "insert": 1}
-"""By route: turns of each server, where no framework is in the way and there is more to see."""
+STARTS, TURNS = 3, {"none": 1, "select": 2, "insert": 1}
+"""Servers of each contestant, and by route the turns of each of them: without a framework, where
+there is more to see."""
+
+FRAMEWORK_TURNS = {"select": 3}
+"""With one, of one server each."""
 
 Crew = tuple["Server", "Sequence[Server]"]
 """By hand, and one or two that have their turns before and after it."""
@@ -79,11 +83,12 @@ class Throughput:
         "uvicorn (uvloop, httptools) under wrk with four connections, Python's garbage collector "
         "as it is by default. *CPU* is what the server's process takes for one request, in "
         "microseconds: the honest column, because wrk and PostgreSQL share the cores with it. "
-        "Each contestant has three servers, one after the other, with other hash seeds. A turn "
-        "takes a second, and right before or after it a server by hand has its turn, in the same "
-        "environment. Told are medians of the turns, and the ratio to by hand in these pairs: the "
-        "median, the lowest and the highest. *By hand* itself is beside a second server of the "
-        "same: what its row is off 1 is what the method is off."
+        "A turn takes a second, and right before or after it a server by hand has its turn, in the "
+        "same environment. Without a framework each contestant has three servers, one after the "
+        "other, with other hash seeds; with one it has one server, and three turns. Told are "
+        "medians of the turns, and the ratio to by hand in these pairs: the median, the lowest and "
+        "the highest. *By hand* itself is beside a second server of the same: what its row is off "
+        "1 is what the method is off."
     )
     needs: Sequence[str] = ("wrk",)
 
@@ -93,8 +98,9 @@ class Throughput:
 
     def _unit(self, bench: Bench, group: str) -> Unit:
         contestants = bench.group(group)
-        starts = int(bench.budget(3, 1))
-        turns = TURNS if group == GROUPS[0] and not bench.is_quick else {"select": 1}
+        starts, turns = (STARTS, TURNS) if group == GROUPS[0] else (1, FRAMEWORK_TURNS)
+        if bench.is_quick:
+            starts, turns = 1, {"select": 1}
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
             found: dict[str, dict[str, list[Raced]]] = {each.name: {} for each in contestants}
@@ -108,7 +114,7 @@ class Throughput:
                 tell((start + 1) / starts)
             return found
 
-        seconds = starts * len(contestants) * (1.8 * sum(turns.values()) + 1.5)
+        seconds = starts * len(contestants) * (1.8 * sum(turns.values()) + 1.0)
         return Unit(group, [each.name for each in contestants], seconds, run)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
