@@ -107,10 +107,10 @@ def _reporting(method: Callable[..., Any], *, is_end: bool = False) -> Callable[
 
 def is_read(statement: Any) -> bool:
     """Whether *statement* looks like a read; it decides over warnings, never over a COMMIT."""
+    if getattr(statement, "is_select", False):
+        return True
     text = statement.text if isinstance(statement, TextClause) else statement
-    if isinstance(text, str):
-        return text.lstrip()[:6].upper() in _READS
-    return bool(getattr(statement, "is_select", False))
+    return isinstance(text, str) and text.lstrip()[:6].upper() in _READS
 
 
 def check_time(use: SessionUse, error: BaseException) -> None:

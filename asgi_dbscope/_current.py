@@ -23,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from asgi_dbscope.errors import AmbiguousDatabaseError, NoSessionScopeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
     from contextvars import Token
     from typing import Protocol
 
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
             ...
 
         @property
-        def databases(self) -> Iterable[Database[Any]]:
+        def databases(self) -> Collection[Database[Any]]:
             """The databases that have a scope here."""
             ...
 
@@ -186,8 +186,14 @@ def current_scope(name: str | None = None) -> SessionScope[Any]:
         NoSessionScopeError: If no scope is open here, or none of that name.
         AmbiguousDatabaseError: If *name* is left out and several databases have one.
     """
-    found: dict[Database[Any], ScopeHolder] = {}
     holder = innermost.get()
+    if holder is not None and holder.outer is None and len(holder.databases) == 1:  # as in most
+        [database] = holder.databases
+        if name is None or database.name == name:
+            scope = holder.find(database)
+            assert scope is not None
+            return scope
+    found: dict[Database[Any], ScopeHolder] = {}
     while holder is not None:
         for database in holder.databases:
             if name is None or database.name == name:

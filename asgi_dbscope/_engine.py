@@ -106,7 +106,9 @@ def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
     if scope.expiry is not None:
         connection.__dict__[EXPIRY] = scope.expiry
     known: Watch | None = connection.__dict__.pop(WATCH, None)
-    others = [] if known is None else [each for each in known.scopes if each is not scope]
+    if known is None or known.scopes == (scope,):
+        return
+    others = [each for each in known.scopes if each is not scope]
     if others:
         left = connection.__dict__[WATCH] = Watch(others[0])
         left.scopes = tuple(others)

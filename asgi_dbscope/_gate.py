@@ -9,7 +9,6 @@ import asyncio
 import logging
 from asyncio import current_task, get_running_loop
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from sys import exception as handled_exception
 from threading import RLock
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ from asgi_dbscope._scope import SessionScope
 from asgi_dbscope._text import label_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from asgi_dbscope._admission import Admission, AdmittedRequest
     from asgi_dbscope._asgi import AnyASGIApp, ASGIApp, Message, Receive, Scope, Send
@@ -137,12 +136,17 @@ class ResponseGate:
     is_request = True
     """It is no scope by itself."""
 
+    # What few requests have costs the others nothing: a default of the class.
+    late_scopes: Sequence[SessionScope[Any]] = ()
+    late_streamer: asyncio.Task[Any] | None = None
+    _failure: BaseException | None = None
+    _held: Message | None = None
+    _is_body_sent = False
+
     __slots__ = (
+        "__dict__",
         "_asgi_scope",
-        "_failure",
         "_has_trailers",
-        "_held",
-        "_is_body_sent",
         "_is_head_taken",
         "_lock",
         "_outer_exception",
@@ -151,8 +155,6 @@ class ResponseGate:
         "_raw_send",
         "_streamer",
         "is_over",
-        "late_scopes",
-        "late_streamer",
         "loop",
         "outer",
         "scopes",
@@ -175,13 +177,11 @@ class ResponseGate:
         self._outer_exception = handled_exception()
         self._phase = _RESPONSE
         self._has_trailers = False
-        self._failure: BaseException | None = None
+        self._is_head_taken = False
         self._lock: asyncio.Lock | None = None
         self._streamer: asyncio.Task[Any] | None = None
         self.scopes: Sequence[SessionScope[Any]] = ()
         self.is_over = False
-        self.late_scopes: Sequence[SessionScope[Any]] = ()
-        self.late_streamer: asyncio.Task[Any] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         try:  # noqa: SIM105 - a context manager costs as much as the rest of this
             self.loop = get_running_loop()
@@ -204,17 +204,21 @@ class ResponseGate:
         return self.served.admitted
 
     @property
-    def databases(self) -> Iterable[Database[Any]]:
+    def databases(self) -> Collection[Database[Any]]:
         """The databases that have a session scope in this request."""
         return self.served.options
 
     def find(self, database: Database[Any]) -> SessionScope[Any] | None:
         """The session scope of *database*, made at the first call; ``None`` if it has none."""
+        for scope in self.scopes:  # exchanged as a whole: no lock to read it
+            if scope.database is database:
+                return scope
         options = self.served.options.get(database)
-        if options is None:
-            return None
+        return None if options is None else self._open(database, options)
+
+    def _open(self, database: Database[Any], options: ScopeOptions) -> SessionScope[Any]:
         with _creation:
-            for scope in self.scopes:
+            for scope in self.scopes:  # another thread was faster
                 if scope.database is database:
                     return scope
             read_only = self.served.read_only
@@ -238,6 +242,19 @@ class ResponseGate:
         return True
 
     # ---------------------------------------------------------------- the request's way
+
+    def close_settled(self) -> bool:
+        """The app has returned: close what needs no waiting; whether that was all."""
+        if self._failure is not None or self.late_scopes:
+            return False
+        for scope in self.scopes:
+            if scope.agenda is not None or not scope.is_settled():
+                return False
+        self.is_over = True  # a scope that a child task asks for now would never be closed
+        for scope in self.scopes:
+            scope.close_settled()
+        self.scopes = ()  # they know the gate: no cycle is left to the garbage collector
+        return True
 
     async def finish(self, result: Any, error: BaseException | None) -> Any:
         """The app has returned *result*, or raised *error*: end what it left open."""
@@ -345,7 +362,7 @@ class ResponseGate:
         async with self._settling():
             failure = self._failure
             if failure is not None:
-                if getattr(self, "_held", None) is not None:
+                if self._held is not None:
                     await self._release_head(message, failure)
                 elif not self._answers_failure(message):
                     raise failure
@@ -353,8 +370,11 @@ class ResponseGate:
             try:
                 if self._phase is Phase.RESPONSE and kind == "http.response.start":
                     await self._settle_head(message, exception)
-                    if self._holds_back(message, self._hidden_error(exception, failure)):
-                        return
+                    if message.get("status") == 500:  # noqa: PLR2004 - maybe a framework's own
+                        self._failure = self._hidden_error(exception, failure)
+                        if self._failure is not None:  # its body tells if it is
+                            self._held = message
+                            return
                 elif self._phase is Phase.BODY:
                     await self._settle_body(kind, message)
             except Exception as error:
@@ -413,7 +433,7 @@ class ResponseGate:
         is_last = self._is_last(kind, message)
         if not all(scope.is_settled() for scope in self.scopes):
             try:
-                if kind == "http.response.start" and not hasattr(self, "_is_head_taken"):
+                if kind == "http.response.start" and not self._is_head_taken:
                     refuse_second_head(self._asgi_scope)
                 check_body(kind, message, self._asgi_scope, is_last=is_last)
             except BaseException:
@@ -509,14 +529,6 @@ class ResponseGate:
         else:
             candidates = [each for each in (failure, *map(_met_by, self.scopes)) if each]
         return next((each for each in candidates if find_answer(each) is not None), None)
-
-    def _holds_back(self, message: Message, error: BaseException | None) -> bool:
-        """Whether a 500 waits for its body, which tells whether it is a framework's own."""
-        if error is None or message.get("status") != HTTPStatus.INTERNAL_SERVER_ERROR:
-            return False
-        self._failure = error
-        self._held: Message | None = message
-        return True
 
     async def _release_head(self, message: Message, failure: BaseException) -> None:
         """Send the 500 that was held back, if *message* after it says more than that it is one.

@@ -168,14 +168,15 @@ class Lifecycle:
             IllegalTransitionError: If the table has no such step. Nothing was changed.
         """
         before = self.state
-        try:
-            self.state = TRANSITIONS[before][event]
-        except KeyError:
+        after = TRANSITIONS[before].get(event)
+        if after is None:
             msg = (
                 f"{event.name} can't happen in state {before.name}. This is a bug of asgi_dbscope "
                 "or of code that drives its session's internals; please report it."
             )
-            raise IllegalTransitionError(msg) from None
-        if event in OUTCOMES:
-            self.outcome = OUTCOMES[event]
+            raise IllegalTransitionError(msg)
+        self.state = after
+        outcome = OUTCOMES.get(event)
+        if outcome is not None:
+            self.outcome = outcome
         return before

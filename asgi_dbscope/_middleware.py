@@ -174,7 +174,8 @@ class DBSessionMiddleware:
         token = set_innermost(gate)
         try:
             result = await self.app(scope, gate.receive, gate.send)
-            return await gate.finish(result, None) if gate.scopes else result
+            is_over = not gate.scopes or gate.close_settled()
+            return result if is_over else await gate.finish(result, None)
         except BaseException as error:
             if gate.scopes:
                 return await gate.finish(None, error)

@@ -193,8 +193,8 @@ def _closing_inside(close: Callable[..., Any]) -> Callable[..., Any]:
 
     def close_inside(self: Any) -> None:
         """Close for good. Where nothing is in the session there is nothing to detach from it."""
-        is_idle = self.use.is_free and not self.in_transaction()
-        if not (is_plain and is_idle and next(iter(self), None) is None):
+        is_empty = self._is_clean() and not len(self.identity_map)
+        if not (is_plain and is_empty and self.use.is_free and not self.in_transaction()):
             close(self)
 
     return close_inside
@@ -468,19 +468,19 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
     use.connections.append(connection)
     scope.database.watch(connection, scope)
     scope.advance(Event.BEGUN)
-    if scope.shape.is_timed:
-        scope.begun_at = monotonic()
-        watch_transaction(scope, use)
+    shape = scope.shape
     if scope.holder is not None:
         scope.got_second_connection()
-    shape = scope.shape
-    if not (shape.is_autocommit or shape.uses_reads):
-        scope.database.check_transactional(connection)
+    if shape.is_timed:
+        scope.begun_at = monotonic()
+        watch_transaction(scope, use)
     if use.is_committing:  # the first change was made by a listener of the user's
         scope.note_commit()
-    if not shape.shapes_nothing:
+    if shape.shapes_nothing:
+        scope.database.check_transactional(connection)
+    else:
         _shape_begun(scope, connection)
-    if scope.deadline is not None or shape.is_timed:
+    if shape.is_timed or scope.deadline is not None:
         _limit(scope, connection)
     if scope.database.label_transactions == "application_name" and not shape.reads_at_once:
         _dialects.label_transaction(connection, scope.block_label or scope.label)
@@ -490,6 +490,8 @@ def _after_begin(session: Any, transaction: SessionTransaction, connection: Conn
 
 def _shape_begun(scope: SessionScope[Any], connection: Connection) -> None:
     shape = scope.shape
+    if not (shape.is_autocommit or shape.uses_reads):
+        scope.database.check_transactional(connection)
     if not shape.is_autocommit:
         _dialects.shape_transaction(
             connection, isolation_level=shape.isolation_level, read_only=shape.read_only

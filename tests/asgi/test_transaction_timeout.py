@@ -1,6 +1,7 @@
 """`timeout` of a request's transaction: seconds from its BEGIN, for whatever it waits for."""
 
 import asyncio
+from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any
 
@@ -167,7 +168,8 @@ async def test_error_response_of_the_apps_own_goes_out(db, drive):
 
     async def app(scope, receive, send):
         session_scope = current_scope()
-        await db.session.execute(sa.text("SELECT 1"))
+        with suppress(TransactionTimeoutError):  # the time may be up already, on a busy machine
+            await db.session.execute(sa.text("SELECT 1"))
         while session_scope.state is not State.IDLE:
             await asyncio.sleep(0.01)
         await respond(send, 418)
