@@ -97,14 +97,16 @@ async def test_the_same_beside_itself_is_no_difference(way, route, url):
 
 
 def test_contestant_and_control_are_in_one_process(url):
-    """Each is an app of its own, and each round has a turn of both."""
-    ours, by_hand = by_name("asgi.ours"), by_name("asgi.by_hand")
-    with Bench(url, []).worker(ours, beside=[by_hand, ours], start=1) as worker:
-        raced: Raced = worker.call(race, by_hand.name, "select", 2, 0.001, 1)
+    """Each is an app of its own, and each round has a turn of both: a session is ours alone."""
+    ours, bare = by_name("asgi.ours"), by_name("asgi.bare")
+    with Bench(url, []).worker(ours, beside=[bare, ours], start=1) as worker:
+        raced: Raced = worker.call(race, bare.name, "unused", 3, 0.001, 1)
 
-    assert {"wall": [2, 2], "cpu": [2, 2]} == {
+    assert {"wall": [3, 3], "cpu": [3, 3]} == {
         kind: [len(each) for each in samples] for kind, samples in raced.items()
     }
+    own, control = raced["cpu"]
+    assert min(own) > 2 * min(control)
 
 
 def test_worker_that_fails_says_why(url):
