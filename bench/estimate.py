@@ -40,6 +40,11 @@ def exactly(value: float) -> Estimate:
     return Estimate(value, value, value)
 
 
+def about(value: float, spread: float) -> Estimate:
+    """What repeats to so much."""
+    return Estimate(value, value - spread, value + spread)
+
+
 def estimate(processes: Sequence[Sequence[float]]) -> Estimate:
     """Of each process its pairs.
 

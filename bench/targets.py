@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bench.estimate import Estimate, exactly
+from bench.estimate import Estimate, about, exactly
 from bench.measures.hold import CROWDS, OCCASIONS, is_slowed
+from bench.measures.instructions import REPEATS
 from bench.race import Raced, above, ratio
 
 if TYPE_CHECKING:
@@ -103,16 +104,22 @@ def _count(results: Results, route: str, name: str) -> float:
 
 def instructions_above_bare(route: str) -> Read:
     """Thousands of instructions above the bare app."""
-    return lambda results, name: exactly(
-        (_count(results, route, name) - _count(results, "none", BARE)) / 1e3
-    )
+
+    def read(results: Results, name: str) -> Estimate:
+        counted = _count(results, route, name)
+        return about((counted - _count(results, "none", BARE)) / 1e3, REPEATS * counted / 1e3)
+
+    return read
 
 
 def instructions_ratio(route: str) -> Read:
     """To by hand."""
-    return lambda results, name: exactly(
-        _count(results, route, name) / _count(results, route, BY_HAND)
-    )
+
+    def read(results: Results, name: str) -> Estimate:
+        found = _count(results, route, name) / _count(results, route, BY_HAND)
+        return about(found, REPEATS * found)
+
+    return read
 
 
 def server_ratio(route: str) -> Read:

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 REQUESTS = {"none": 100, "unused": 40, "select": 10, "insert": 10}
 """What is counted at once."""
 
+REPEATS = 0.01
+"""By how much of it a count may differ from another one of the same."""
+
 WARM = 120
 """Requests after which Python's interpreter has specialized all that it will."""
 
@@ -100,7 +103,8 @@ class Instructions:
     title = "Instructions"
     about = (
         "Instructions for one request, counted by callgrind, without Python's garbage collector. "
-        "They repeat to 1 %, whatever else the machine does; CI fails where ours rise by 2 %."
+        f"They repeat to {100 * REPEATS:.0f} %, whatever else the machine does; CI fails where "
+        "ours rise by 2 %."
     )
     needs: Sequence[str] = ("valgrind",)
 

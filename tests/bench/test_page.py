@@ -82,6 +82,15 @@ def test_verdict_is_given_where_all_processes_are_on_one_side(written, ours, fig
     assert f"| 1.000 |  | {figure} | ≤ 1.000 | {verdict} |" in found
 
 
+def test_instructions_are_judged_by_how_well_they_repeat(written):
+    """A count that is missed by less than another count would differ by isn't told to be missed."""
+    counts = {"asgi.by_hand": {"select": 1000.0}, "asgi.ours": {"select": 975.0}}
+    text = written(("instructions", "asgi", counts))
+
+    found = row(text, "one SELECT, instructions")
+    assert "| 0.975 (0.965 to 0.985) | ≤ 0.970 | within the noise of the target |" in found
+
+
 def test_microseconds_above_the_bare_app_are_of_the_same_round(written):
     """What a busy round adds to both isn't counted as ours."""
     unused = {
