@@ -74,6 +74,8 @@ class Served:
         read_only: The same databases, and how to treat requests that are read-only by their method.
 
         read_only_methods: Those methods.
+
+        is_inner: Whether the requests are inside of another instance already.
     """
 
     options: dict[Database[Any], ScopeOptions]
@@ -84,6 +86,7 @@ class Served:
     admitted: AdmittedRequest | None = None
     read_only: dict[Database[Any], ScopeOptions] | None = None
     read_only_methods: frozenset[str] = frozenset()
+    is_inner: bool = False
     admits_or_replays: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -197,6 +200,11 @@ class ResponseGate:
     def current_attempt(self) -> Attempt | None:
         """What is known of the attempts: those of the request that called this app in process."""
         return None if self.outer is None else self.outer.current_attempt
+
+    def have_retry(self, retry: Retry | None) -> None:
+        """Serve this very request again as *retry* says: it is for the outermost instance."""
+        if self.served.is_inner and isinstance(self.outer, ResponseGate):
+            self.outer.have_retry(retry)
 
     @property
     def admitted_request(self) -> AdmittedRequest | None:

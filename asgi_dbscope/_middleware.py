@@ -290,7 +290,7 @@ def _unserved(served: Served) -> Served:
         for database in holder.databases:
             options.pop(database, None)
         holder = open_around(holder.outer)
-    return replace(served, options=options)
+    return replace(served, options=options, is_inner=True)
 
 
 def _check_databases(

@@ -169,6 +169,9 @@ class AttemptGate(ResponseGate):
         """What forbids another one."""
         return self._attempt
 
+    def have_retry(self, retry: Retry | None) -> None:
+        self._attempt.retry = retry
+
     # ---------------------------------------------------------------- messages
 
     async def _read(self) -> Message:

@@ -385,8 +385,8 @@ class SessionScope(Lifecycle, Generic[S]):
         self.options = options
         if not self.boundaries:
             self.shape = options
-        if "retry" in names and self.gate is not None and self.gate.current_attempt is not None:
-            self.gate.current_attempt.retry = options.retry
+        if "retry" in names and self.gate is not None:
+            self.gate.have_retry(options.retry)
 
     @property
     def has_begun(self) -> bool:

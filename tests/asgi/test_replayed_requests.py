@@ -417,6 +417,37 @@ async def test_body_that_was_not_kept_is_not_waited_for(engine, drive, forget_en
 
 
 @on_sqlite
+async def test_endpoint_in_process_that_goes_without_a_retry_leaves_its_callers_alone(
+    engine, drive, forget_endpoints
+):
+    """G16: what an endpoint says of its own request isn't said of the one that calls it."""
+    db = Database(engine)
+    attempts = []
+
+    @session_options(retry=Retry(attempts=1))
+    async def place():
+        await db.session.execute(sa.select(1))
+
+    async def inner(scope, receive, send):
+        await place()
+        await respond(send, 500)
+
+    inside = DBSessionMiddleware(inner, database=db)
+
+    async def app(scope, receive, send):
+        attempts.append(current_scope().attempt)
+        await drive(inside, http_scope("/inner"))
+        db.session.add(Item(id=1))
+        await respond(send)
+
+    with inject_conflicts(db, at="INSERT"):
+        exchange = await drive(DBSessionMiddleware(app, database=db, retry=AT_ONCE))
+
+    assert [1, 2] == attempts
+    assert 200 == exchange.status
+
+
+@on_sqlite
 async def test_request_in_process_that_was_answered_is_no_fence_for_its_caller(engine, drive):
     """G16: that its response went out, or its client left, is nothing that happened to ours."""
     db = Database(engine)
