@@ -7,9 +7,9 @@ import pytest
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope
+from bench.proxy import Proxy
 from tests.fix_asgi import App, Message, body, start
 from tests.fix_database import Item
-from tests.fix_proxy import Proxy
 
 ENOUGH = 30.0
 """Seconds for what takes a moment, before a test gives up."""

@@ -13,7 +13,7 @@ import psycopg
 
 from bench.chaos.app import APPLICATION_NAME
 from bench.chaos.logs import CROWD
-from tests.fix_proxy import after_commit, any_answer, any_query, before_commit
+from bench.proxy import after_commit, any_answer, any_query, before_commit
 
 if TYPE_CHECKING:
     import random
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
     from bench.postgres import WheelServer
-    from tests.fix_proxy import Fault, Place, Proxy
+    from bench.proxy import Fault, Place, Proxy
 
     Connection = psycopg.AsyncConnection[tuple[Any, ...]]
 

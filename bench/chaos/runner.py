@@ -25,7 +25,7 @@ from bench.chaos.process import CALM, App
 from bench.chaos.requests import Visitors
 from bench.chaos.results import Results
 from bench.postgres import WheelServer
-from tests.fix_proxy import Proxy
+from bench.proxy import Proxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable

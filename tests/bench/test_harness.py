@@ -1,6 +1,7 @@
 """Contestants answer, measures measure, and a run that was interrupted goes on."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,17 @@ def test_contestant_and_control_are_in_one_process(url):
     }
     own, control = raced["cpu"]
     assert min(own) > 2 * min(control)
+
+
+def test_benchmarks_import_nothing_of_the_tests():
+    """What both need is in `bench`: it runs where there are no tests."""
+    files = [*ROOT.glob("bench/*.py"), *ROOT.glob("bench/[a-z]*/**/*.py")]
+
+    assert [] == [
+        each.name
+        for each in files
+        if re.search(r"^\s*(from|import) tests\b", each.read_text(), re.MULTILINE)
+    ]
 
 
 def test_worker_that_fails_says_why(url):

@@ -7,10 +7,10 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from asgi_dbscope import ConfigurationError, Database, DBSessionMiddleware
+from bench.proxy import Proxy, after_commit
 from tests.docs.blocks import find_block, runs
 from tests.fix_asgi import body, start
 from tests.fix_database import Item
-from tests.fix_proxy import Proxy, after_commit
 
 ORDERS = "SELECT item FROM orders ORDER BY id"
 TEA = {"item": "tea"}

@@ -19,11 +19,11 @@ from asgi_dbscope import (
     session_options,
 )
 from asgi_dbscope.errors import CommitInDoubtError, TransactionAbortedError
+from bench.proxy import Proxy, after_commit, before_commit
 from tests.asgi import test_cancellation
 from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Base, Child, Item, Timeline
 from tests.fix_pgbouncer import SERVER_CONNECTIONS, PgBouncer
-from tests.fix_proxy import Proxy, after_commit, before_commit
 
 PID = sa.select(sa.func.pg_backend_pid())
 PREPARED = sa.text("SELECT count(*) FROM pg_prepared_statements")

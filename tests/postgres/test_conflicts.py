@@ -15,9 +15,9 @@ from asgi_dbscope import (
     current_scope,
     session_options,
 )
+from bench.proxy import before_commit
 from tests.fix_asgi import http_scope, respond
 from tests.fix_database import POSTGRES_DRIVERS, Item
-from tests.fix_proxy import before_commit
 
 AT_ONCE = Retry(attempts=3, base=0)
 

@@ -7,9 +7,9 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from asgi_dbscope import CommitInDoubtError, Database, DBSessionMiddleware
+from bench.proxy import after_commit, any_answer, before_commit
 from tests.fix_asgi import body, start
 from tests.fix_database import Item
-from tests.fix_proxy import after_commit, any_answer, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
 

@@ -20,10 +20,10 @@ from asgi_dbscope import (
     Retry,
     current_scope,
 )
+from bench.proxy import after_commit, before_commit
 from tests.fix_asgi import body, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 from tests.fix_in_doubt import MakeDatabase
-from tests.fix_proxy import after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 

@@ -10,9 +10,9 @@ from asgi_dbscope import (
     CommitInDoubtError,
     Outcome,
 )
+from bench.proxy import after_commit
 from tests.fix_database import POSTGRES_DRIVERS, Child, Item
 from tests.fix_in_doubt import run_job
-from tests.fix_proxy import after_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 

@@ -15,9 +15,9 @@ from asgi_dbscope import (
 )
 from asgi_dbscope._transaction_status import Server
 from bench.postgres import PostgresUnavailable, WheelServer
+from bench.proxy import Proxy, after_commit, before_commit
 from tests.fix_database import POSTGRES_DRIVERS, Base, Item
 from tests.fix_in_doubt import ENOUGH, run_job
-from tests.fix_proxy import Proxy, after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 

@@ -11,10 +11,10 @@ from asgi_dbscope import (
     Outcome,
     current_scope,
 )
+from bench.proxy import after_commit
 from tests.fix_asgi import start
 from tests.fix_database import Item
 from tests.fix_in_doubt import ENOUGH, app_of, run_job
-from tests.fix_proxy import after_commit
 
 # Psycopg waits five seconds for a server that it has asked to cancel.
 pytestmark = pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)

@@ -16,9 +16,9 @@ from asgi_dbscope import (
     State,
     current_scope,
 )
+from bench.proxy import Proxy, after_commit, before_commit
 from tests.fix_database import Item
 from tests.fix_in_doubt import ENOUGH
-from tests.fix_proxy import Proxy, after_commit, before_commit
 from tests.sync_apps import endpoint
 
 pytestmark = pytest.mark.parametrize("engine", ["psycopg"], indirect=True)

@@ -14,11 +14,11 @@ from asgi_dbscope import (
     Outcome,
     State,
 )
+from bench.proxy import after_commit, before_commit
 from tests.fix_asgi import body, start
 from tests.fix_cancel import SlowCommit
 from tests.fix_database import POSTGRES_DRIVERS, Item
 from tests.fix_in_doubt import ENOUGH, app_of, run_job
-from tests.fix_proxy import after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 

@@ -14,9 +14,9 @@ from asgi_dbscope import (
     Outcome,
     current_scope,
 )
+from bench.proxy import Proxy, after_commit, before_commit
 from tests.fix_asgi import body, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
-from tests.fix_proxy import Proxy, after_commit, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 

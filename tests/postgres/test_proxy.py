@@ -6,8 +6,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from bench.proxy import Proxy, after_commit, any_answer, any_query, before_commit
 from tests.fix_database import POSTGRES_DRIVERS, Item
-from tests.fix_proxy import Proxy, after_commit, any_answer, any_query, before_commit
 
 pytestmark = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
 

@@ -28,9 +28,9 @@ from asgi_dbscope import (
     session_options,
 )
 from asgi_dbscope.testing import inject_conflicts
+from bench.proxy import Message
 from tests.fix_asgi import Drive, Exchange, body, http_scope, respond, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
-from tests.fix_proxy import Message
 from tests.fix_sync import MakeEngine
 
 READ = sa.select(Item.id)

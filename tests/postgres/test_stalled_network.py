@@ -16,9 +16,9 @@ from asgi_dbscope import (
     TransactionIdleError,
     current_scope,
 )
+from bench.proxy import any_query, before_commit
 from tests.fix_asgi import respond
 from tests.fix_database import POSTGRES_DRIVERS, Item
-from tests.fix_proxy import any_query, before_commit
 from tests.sync_apps import endpoint
 
 ON_BOTH = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
