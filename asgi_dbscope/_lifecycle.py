@@ -168,15 +168,14 @@ class Lifecycle:
             IllegalTransitionError: If the table has no such step. Nothing was changed.
         """
         before = self.state
-        after = TRANSITIONS[before].get(event)
-        if after is None:
+        try:
+            self.state = TRANSITIONS[before][event]
+        except KeyError:
             msg = (
                 f"{event.name} can't happen in state {before.name}. This is a bug of asgi_dbscope "
                 "or of code that drives its session's internals; please report it."
             )
-            raise IllegalTransitionError(msg)
-        self.state = after
-        outcome = OUTCOMES.get(event)
-        if outcome is not None:
-            self.outcome = outcome
+            raise IllegalTransitionError(msg) from None
+        if event in OUTCOMES:
+            self.outcome = OUTCOMES[event]
         return before

@@ -427,9 +427,8 @@ class SessionScope(Lifecycle, Generic[S]):
         before = super().advance(event)
         if Attempt.were_made:
             self._fence_after(event)
-        agenda = self.agenda
-        if agenda is not None and event in OUTCOMES:
-            self._end_agenda(agenda, self.outcome)
+        if self.agenda is not None and event in OUTCOMES:
+            self._end_agenda(self.agenda, OUTCOMES[event])
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s -> %s", self.label, before.name, self.state.name)
         return before

@@ -86,6 +86,7 @@ def test_illegal_event_raises_and_changes_nothing(state, event, outcome):
         lifecycle.advance(event)
 
     assert f"{event.name} can't happen in state {state.name}" in str(caught.value)
+    assert caught.value.__suppress_context__
     assert state is lifecycle.state
     assert outcome is lifecycle.outcome
 
