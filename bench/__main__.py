@@ -27,7 +27,7 @@ from bench.contestants import contestants
 from bench.database import database
 from bench.measure import Bench, Measure, Unit
 from bench.measures import measures
-from bench.page import write_page
+from bench.page import MENTIONED, write_page
 from bench.results import Results, machine, source
 from bench.servers import ServerFailedError
 from bench.worker import WorkerFailedError
@@ -41,6 +41,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 QUICK = ROOT / "build" / "bench"
+
+UNMENTIONED = ("msgspec", "pydantic", "pydantic-core")
+"""What frameworks are built on: with another version of these, too, all is measured again."""
 
 
 def main() -> int:
@@ -118,12 +121,17 @@ def _installed(known: Sequence[Contestant], console: Console, *, install: bool) 
 
 
 def _about(taking_part: Sequence[Contestant], *, is_quick: bool) -> dict[str, object]:
-    names = dict.fromkeys(each.environment for each in taking_part)
-    return {
-        "machine": machine(),
-        "versions": {name: environments.versions(name) for name in names},
-        "quick": is_quick,
-    }
+    versions: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(each.environment for each in taking_part):
+        own = {
+            package for each in taking_part if each.environment == name for package in each.packages
+        }
+        versions[name] = {
+            package.replace("_", "-"): version
+            for package, version in environments.versions(name).items()
+            if package.replace("_", "-") in own.union(MENTIONED, UNMENTIONED)
+        }
+    return {"machine": machine(), "versions": versions, "quick": is_quick}
 
 
 def _plan(bench: Bench, only: Sequence[str] | None) -> list[tuple[Measure, Unit]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 HOME = Path(__file__).parent / ".environments"
+
+NOTE = "made-of.txt"
+"""Of each environment: what it was made of."""
 
 COMMON = ("sqlalchemy[asyncio]", "asyncpg", "psycopg[binary]", "uvicorn", "uvloop", "httptools")
 """What every environment has, in the very versions that the runner's has."""
@@ -59,7 +63,24 @@ def python(environment: str) -> Path:
 
 
 def is_there(environment: str) -> bool:
-    return python(environment).exists()
+    """Whether it is, and is made of what it would be made of now."""
+    if environment == "main":
+        return True
+    note = HOME / environment / NOTE
+    return note.exists() and note.read_text() == made_of(environment)
+
+
+def _constraints(environment: str) -> str:
+    return "".join(
+        f"{name}=={version}\n"
+        for name, version in versions("main").items()
+        if name not in ENVIRONMENTS[environment].loosened | {"python", "asgi-dbscope"}
+    )
+
+
+def made_of(environment: str) -> str:
+    """What it is, or would be, made of."""
+    return _constraints(environment) + "\n".join(ENVIRONMENTS[environment].packages)
 
 
 def install(environment: str, tell: Callable[[str], object]) -> None:
@@ -74,13 +95,7 @@ def install(environment: str, tell: Callable[[str], object]) -> None:
     uv = shutil.which("uv") or str(Path(sys.executable).with_name("uv"))
     HOME.mkdir(exist_ok=True)
     constraints = HOME / f"{environment}.txt"
-    constraints.write_text(
-        "".join(
-            f"{name}=={version}\n"
-            for name, version in versions("main").items()
-            if name not in chosen.loosened and name not in {"python", "asgi-dbscope"}
-        )
-    )
+    constraints.write_text(_constraints(environment))
     subprocess.run([uv, "venv", "-q", "--relocatable", "-p", sys.executable, building], check=True)
     subprocess.run(
         [
@@ -90,6 +105,8 @@ def install(environment: str, tell: Callable[[str], object]) -> None:
         check=True,
         env={"UV_SYSTEM_CERTS": "true", **os.environ},
     )
+    (building / NOTE).write_text(made_of(environment))
+    shutil.rmtree(place, ignore_errors=True)
     building.rename(place)
 
 
@@ -100,6 +117,7 @@ print(json.dumps({"python": platform.python_version(), **dict(sorted(found.items
 """
 
 
+@functools.cache
 def versions(environment: str) -> dict[str, str]:
     """What is installed there."""
     told = subprocess.run(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import environments
 from bench.apps import Setup
 from bench.contestants import by_name, contestants
 from bench.database import database
@@ -108,6 +109,19 @@ def test_contestant_and_control_are_in_one_process(url):
     }
     own, control = raced["cpu"]
     assert min(own) > 2 * min(control)
+
+
+def test_environment_of_other_versions_is_not_there(monkeypatch, tmp_path):
+    """It is made anew where a contestant's pin, or a version of the runner's, has changed."""
+    monkeypatch.setattr(environments, "HOME", tmp_path)
+    note = tmp_path / "peers" / environments.NOTE
+    found = [environments.is_there("peers")]
+    note.parent.mkdir()
+    for text in (environments.made_of("peers"), "sqlalchemy==1.4"):
+        note.write_text(text)
+        found.append(environments.is_there("peers"))
+
+    assert [False, True, False] == found
 
 
 def test_benchmarks_import_nothing_of_the_tests():
