@@ -146,17 +146,19 @@ class OwnScope(Generic[S]):
     ) -> None:
         enclosing = _current.find_scope(database)
         holder = enclosing if enclosing is not None and enclosing.has_session else None
-        shares_time = not has_own_time and holder is not None and holder.shape.timeout is not None
-        if holder is not None and shares_time:
-            options = options.changed({"timeout": holder.shape.timeout})
+        inherited: dict[str, Any] = {}
+        if holder is not None and holder.shape.timeout is not None and not has_own_time:
+            inherited["timeout"] = holder.shape.timeout
         if enclosing is not None and enclosing.options.is_admitted:
-            options = options.changed({"is_admitted": True})
+            inherited["is_admitted"] = True
+        if inherited:
+            options = options.changed(inherited)
         self.scope: SessionScope[S] = SessionScope(
             database, _current.innermost.get(), options, name=name
         )
         if holder is not None:
             self.scope.holder = holder
-        if shares_time:
+        if "timeout" in inherited:
             self.scope.shares_time = True
         self._token: Token[ScopeHolder | None] = _current.innermost.set(self.scope)
 
