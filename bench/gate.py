@@ -29,7 +29,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from bench.contestants import by_name
 from bench.database import database
 from bench.measure import Bench
-from bench.measures.instructions import at_once
+from bench.measures.instructions import Counts, apart, at_once
 
 BASELINE = Path(__file__).with_name("baseline.json")
 CONTROLS = {"none": "asgi.bare", "select": "asgi.by_hand", "insert": "asgi.by_hand"}
@@ -40,9 +40,6 @@ PINNED = ("sqlalchemy", "asyncpg", "greenlet", "anyio")
 TOLERANCE = 0.02
 SHUFFLES = 6
 """Counts of each request, as in `bench.measures.instructions`: what is left is 0.3 %."""
-
-Counts = dict[str, dict[str, float]]
-"""Instructions for one request, by contestant and path."""
 
 
 def main() -> int:
@@ -87,7 +84,7 @@ def count() -> Counts:
         asked[by_name(control)].append(path)
         asked[by_name(OURS)].append(path)
     with database(None) as url:
-        return at_once(Bench(url, list(asked)), asked, SHUFFLES)
+        return at_once(Bench(url, list(asked)), apart(asked), SHUFFLES)
 
 
 def ratios(counted: Counts) -> dict[str, float]:

@@ -167,7 +167,7 @@ def _where(results: Results, contestants: Sequence[Contestant]) -> list[str]:
         ),
         _table(["environment", "versions"], rows),
         (
-            "Packages whose pins conflict with the others' have an environment of their own; what "
-            "an older framework costs there is in their rows.\n"
+            "Packages whose pins conflict with the others' have an environment of their own. What "
+            "they are compared with is there, too: an older framework changes no ratio.\n"
         ),
     ]

@@ -8,6 +8,7 @@ import itertools
 import os
 import statistics
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +18,16 @@ from bench.measure import Bench, Json, Table, Unit
 from bench.measures.latency import ROUTES, takes_part
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from bench.contestant import Contestant
     from bench.served import Served
+
+Asked = Mapping["Contestant", "Sequence[str]"]
+"""Of each contestant its routes."""
+
+Counts = dict[str, dict[str, float]]
+"""Instructions for one request, by contestant and route."""
 
 REQUESTS = {"none": 100, "unused": 40, "select": 10, "insert": 10}
 """What is counted at once."""
@@ -32,16 +39,17 @@ WARM = 120
 """Requests after which Python's interpreter has specialized all that it will."""
 
 
-async def count(served: Served, route: str, shuffles: int) -> None:
-    """Call the mark before and after each count."""
+async def count(served: Served, name: str, route: str, shuffles: int) -> None:
+    """Call the mark before and after each count, of this contestant or of one beside it."""
+    counted = served.beside.get(name, served)
     gc.disable()  # in which count a collection falls is chance; what it costs is in the times
     for _ in range(shuffles):
         callgrind.stop()
         _shuffle()
-        await served.serve(route, WARM)
+        await counted.serve(route, WARM)
         callgrind.start()
         callgrind.MARK()
-        await served.serve(route, REQUESTS[route])
+        await counted.serve(route, REQUESTS[route])
         callgrind.MARK()
 
 
@@ -64,20 +72,24 @@ def _below(base: type) -> Iterator[type]:
             yield from _below(each)
 
 
-def instructions(
-    bench: Bench, contestant: Contestant, routes: Sequence[str], shuffles: int
-) -> dict[str, float]:
-    """Instructions for one request, by route: the median of several counts."""
+def instructions(bench: Bench, asked: Asked, shuffles: int) -> Counts:
+    """Instructions for one request, the median of several counts: of contestants in one process."""
+    first, *others = asked
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory) / "out"
-        with bench.worker(contestant, wrapper=callgrind.options(str(out))) as worker:
-            for route in routes:
-                worker.call(count, route, shuffles)
+        wrapper = callgrind.options(str(out))
+        with bench.worker(first, wrapper=wrapper, beside=others) as worker:
+            for contestant, routes in asked.items():
+                for route in routes:
+                    worker.call(count, contestant.name, route, shuffles)
         # Each count has two dumps: until its first mark, and until its second.
         totals = (_total(out.with_name(f"out.{2 * number}")) for number in itertools.count(1))
         return {
-            route: statistics.median(itertools.islice(totals, shuffles)) / REQUESTS[route]
-            for route in routes
+            contestant.name: {
+                route: statistics.median(itertools.islice(totals, shuffles)) / REQUESTS[route]
+                for route in routes
+            }
+            for contestant, routes in asked.items()
         }
 
 
@@ -86,16 +98,16 @@ def _total(dump: Path) -> int:
     return int(next(line for line in lines if line.startswith("totals:")).split()[1])
 
 
-def at_once(
-    bench: Bench, asked: Mapping[Contestant, Sequence[str]], shuffles: int = 1
-) -> dict[str, dict[str, float]]:
-    """Several contestants, one on each core: what else runs doesn't change what is counted."""
+def apart(asked: Asked) -> list[Asked]:
+    """Each contestant in a process of its own."""
+    return [{contestant: routes} for contestant, routes in asked.items()]
+
+
+def at_once(bench: Bench, processes: Sequence[Asked], shuffles: int = 1) -> Counts:
+    """Several processes, one on each core: what else runs doesn't change what is counted."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        counted = {
-            each.name: pool.submit(instructions, bench, each, routes, shuffles)
-            for each, routes in asked.items()
-        }
-        return {name: each.result() for name, each in counted.items()}
+        counted = [pool.submit(instructions, bench, asked, shuffles) for asked in processes]
+        return {name: found for each in counted for name, found in each.result().items()}
 
 
 class Instructions:
@@ -120,10 +132,15 @@ class Instructions:
         }
 
         def run(bench: Bench, _tell: Callable[[float], None]) -> Json:
-            return at_once(bench, asked, 4 if group == "asgi" and not bench.is_quick else 1)
+            if group == "asgi":
+                return at_once(bench, apart(asked), 1 if bench.is_quick else 4)
+            # To import a framework takes longer than all else where it is counted.
+            together: dict[str, dict[Contestant, Sequence[str]]] = {}
+            for each, own in asked.items():
+                together.setdefault(each.environment, {})[each] = own
+            return at_once(bench, [*together.values()])
 
-        seconds = len(asked) * (8 if group == "asgi" else 10)
-        return Unit(group, [each.name for each in asked], seconds, run)
+        return Unit(group, [each.name for each in asked], len(asked) * 8.0, run)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         return [

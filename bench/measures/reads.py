@@ -41,7 +41,7 @@ class Reads:
         return units
 
     def _count(self, bench: Bench, _tell: Callable[[float], None]) -> Json:
-        return at_once(bench, {by_name(each): ["select"] for each in CONTESTANTS})
+        return at_once(bench, [{by_name(each): ["select"]} for each in CONTESTANTS])
 
     def _unit(self, bench: Bench, where: str, delay: float) -> Unit:
         by_hand = by_name(CONTESTANTS[0])
