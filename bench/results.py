@@ -21,6 +21,10 @@ METHOD = 2
 """Raised where measures find other things than before, or write them down otherwise."""
 
 
+TOLD = 5
+"""Differences that are told of those that make results worthless."""
+
+
 class Results:
     """The file. A unit is written down when it is done, so that an interrupted run goes on.
 
@@ -58,7 +62,9 @@ class Results:
             for unit, told in told_by_unit.items()
         }
         if others and units:
-            self.dropped = [f"all {len(units)} that were measured with {each}" for each in others]
+            told = "; ".join(others[:TOLD])
+            more = f"; and {len(others) - TOLD} more" if len(others) > TOLD else ""
+            self.dropped = [f"all {len(units)} that were measured with {told}{more}"]
             return
         for (measure, unit), told in units.items():
             if self.source is not None and self.source != told["source"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from bench.measure import ASYNC_GROUPS, Bench, Json, Table, Unit, by_group, flat
+from bench.measure import Bench, Json, Table, Unit, by_group, flat
 from bench.servers import POOL_SIZE
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class PoolTail:
                 tell((done + 1) / len(turns))
             return found
 
-        return by_group(bench, ASYNC_GROUPS, 2.6, measure)
+        return by_group(bench, ("asgi", "fastapi"), 2.6, measure)
 
     def tables(self, found: Mapping[str, Json]) -> list[Table]:
         rows = {

@@ -97,10 +97,12 @@ class Throughput:
         return [self._unit(bench, group) for group in groups if bench.group(group)]
 
     def _unit(self, bench: Bench, group: str) -> Unit:
-        contestants = bench.group(group)
         starts, turns = (STARTS, TURNS) if group == GROUPS[0] else (1, FRAMEWORK_TURNS)
         if bench.is_quick:
             starts, turns = 1, {"select": 1}
+        contestants = [
+            each for each in bench.group(group) if any(has(each.name, route) for route in turns)
+        ]
 
         def run(bench: Bench, tell: Callable[[float], None]) -> Json:
             found: dict[str, dict[str, list[Raced]]] = {each.name: {} for each in contestants}
@@ -133,7 +135,6 @@ class Throughput:
                         for cell in _cells(samples.get(route))
                     ]
                     for name, samples in contestants.items()
-                    if samples
                 },
                 charts=_charts(group, contestants),
             )
