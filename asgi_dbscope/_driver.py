@@ -46,7 +46,11 @@ def end_transaction(
     use.begin_ending()
     try:
         if not session.in_transaction():
-            return  # it was ended by another ending, which this one has waited for
+            # It was ended by another ending, which this one has waited for; and which the clock
+            # may have cut short.
+            if ending is Ending.COMMIT:
+                scope.check_can_commit()
+            return
         if ending is Ending.ABANDON:
             _throw_away(scope, session, use)
         elif use.is_busy and not use.wait_until_free(timeout):

@@ -203,8 +203,11 @@ class ResponseGate:
 
     def have_retry(self, retry: Retry | None) -> None:
         """Serve this very request again as *retry* says: it is for the outermost instance."""
-        if self.served.is_inner and isinstance(self.outer, ResponseGate):
-            self.outer.have_retry(retry)
+        holder = self.outer
+        while holder is not None and not holder.is_request:  # a block around the inner instance
+            holder = holder.outer
+        if self.served.is_inner and isinstance(holder, ResponseGate):
+            holder.have_retry(retry)
 
     @property
     def admitted_request(self) -> AdmittedRequest | None:

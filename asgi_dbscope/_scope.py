@@ -138,6 +138,8 @@ class SessionScope(Lifecycle, Generic[S]):
     met: tuple[BaseException, Outcome] | None = None
     """The last error with an HTTP answer of its own, and what had become of the scope by then."""
     holder: SessionScope[Any] | None = None
+    is_closing = False
+    """Whether it is ending for good: hooks may still run, but nobody gets its session any more."""
     is_rolling_back = False
     is_answer_missing = False
     """Whether a COMMIT got no answer, and the server is being asked what became of it."""
@@ -605,8 +607,10 @@ class SessionScope(Lifecycle, Generic[S]):
         session, use = self.sync_session, self.use
         if session is None or use is None:
             return True
+        if session.in_transaction() or use.has_lost:
+            return False
         # An ending of somebody else's is over when the connection is back, too.
-        return not (session.in_transaction() or use.has_lost or use.ender is not None)
+        return use.ender is None or not use.is_ended_by_another
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*.
@@ -723,7 +727,7 @@ class SessionScope(Lifecycle, Generic[S]):
             self._tell_of_loss(use, ending)
         if use.is_abandoned:
             return False  # whoever still has the connection throws it away
-        return session.in_transaction() or use.ender is not None
+        return session.in_transaction() or use.is_ended_by_another
 
     def in_use(self) -> tuple[Session, SessionUse]:
         """The session, and who is in it."""
@@ -750,8 +754,11 @@ class SessionScope(Lifecycle, Generic[S]):
         for boundary in self.boundaries:
             boundary.is_rollback_only = True
         while not self.is_settled():
-            if self.use is not None and self.use.is_busy:
-                self.use.is_torn = True
+            use = self.use
+            if use is not None and use.is_abandoned:
+                return  # whoever still has the connection throws it away
+            if use is not None and use.is_busy:
+                use.is_torn = True
                 return
             redeliver(await self.settle(Ending.ROLLBACK))
 
@@ -768,8 +775,7 @@ class SessionScope(Lifecycle, Generic[S]):
         Returns:
             A cancellation that arrived meanwhile, which the caller has to pass on.
         """
-        if self.use is not None:
-            self.use.is_closing = True
+        self._begin_closing()
         try:
             cancellation = await self.settle(ending, is_failing=is_failing)
         finally:
@@ -778,10 +784,15 @@ class SessionScope(Lifecycle, Generic[S]):
                 redeliver(await run_hooks(self, late=True, is_failing=True))
         return cancellation
 
-    def close_here(self, ending: Ending, *, is_failing: bool = False) -> None:
-        """:meth:`close` of a synchronous session, in this thread."""
+    def _begin_closing(self) -> None:
+        """Let no operation begin any more; nobody would close a session that is made now."""
+        self.is_closing = True
         if self.use is not None:
             self.use.is_closing = True
+
+    def close_here(self, ending: Ending, *, is_failing: bool = False) -> None:
+        """:meth:`close` of a synchronous session, in this thread."""
+        self._begin_closing()
         try:
             self.settle_here(ending, is_failing=is_failing)
         finally:
@@ -855,6 +866,8 @@ class SessionScope(Lifecycle, Generic[S]):
     def _make_session(self) -> S:
         self.check_has_session()
         with _creation:
+            if self.is_closing:
+                self.refuse_late_use()
             if self._session is None:
                 factory = self.database.session_factory
                 session: Any = factory.class_(**factory.kw)  # what it does itself, in half the time

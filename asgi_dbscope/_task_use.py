@@ -49,6 +49,10 @@ class TaskUse(SessionUse):
         if scope.database.concurrency == "serialize":
             self._turns = asyncio.Lock()
 
+    @property
+    def is_ended_by_another(self) -> bool:
+        return self.ender is not None and _ending.get() is not self
+
     def run(self, function: Callable[..., None], *arguments: Any) -> Coroutine[Any, Any, None]:
         """Run *function* in a greenlet, where SQLAlchemy's synchronous API awaits."""
         return greenlet_spawn(function, *arguments)

@@ -49,6 +49,10 @@ class ThreadUse(SessionUse):
         self._changed = threading.Condition()
         self._loop = _loop_around(scope)
 
+    @property
+    def is_ended_by_another(self) -> bool:
+        return self.ender not in {None, threading.current_thread()}
+
     async def run(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in a worker thread that no endpoint can occupy.
 

@@ -100,6 +100,15 @@ class SessionUse(ABC):
 
     # ---------------------------------------------------------------- how it waits
 
+    @property
+    @abstractmethod
+    def is_ended_by_another(self) -> bool:
+        """Whether somebody ends the transaction now, and it isn't this very code.
+
+        What runs inside of an ending (a ``commit()`` of the user's own class, a listener) would
+        wait for itself.
+        """
+
     @abstractmethod
     def run(self, function: Callable[..., None], *arguments: Any) -> Coroutine[Any, Any, None]:
         """Run *function*, which may do I/O on the session, from the event loop."""

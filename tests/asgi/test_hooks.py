@@ -897,6 +897,36 @@ async def test_hook_has_a_session_and_a_transaction_of_its_own(db, drive, rows, 
     assert [1, 2] == await rows()
 
 
+@ON_SQLITE
+async def test_task_that_wants_a_session_while_the_last_hooks_run_is_refused(db, drive, engine):
+    """G9: a scope that had no session gets none at its end, when nobody would close it."""
+    has_begun, may_end = asyncio.Event(), asyncio.Event()
+    tasks = []
+
+    async def hook():
+        has_begun.set()
+        await may_end.wait()
+
+    async def outlive():
+        await has_begun.wait()
+        try:
+            await db.session.execute(sa.select(1))
+        finally:
+            may_end.set()
+
+    async def app(scope, receive, send):
+        await respond(send)
+        db.on_commit(hook)
+        tasks.append(asyncio.create_task(outlive()))
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    [error] = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert exchange.error is None
+    assert isinstance(error, SessionScopeClosedError)
+    assert 0 == engine.pool.checkedout()
+
+
 async def test_hook_in_a_job_does_not_end_with_the_mode_of_the_scope(db, rows):
     """A hook of a manual or autocommit scope is committed as well when it returns."""
 

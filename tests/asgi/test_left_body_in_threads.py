@@ -4,6 +4,7 @@ import asyncio
 import threading
 
 import pytest
+import sqlalchemy as sa
 
 from asgi_dbscope import DBSessionMiddleware
 from tests.fix_asgi import body, start
@@ -104,3 +105,34 @@ async def test_body_that_asks_by_itself_may_write_that_its_client_has_left(
     await drive(DBSessionMiddleware(app, database=sync_db), received=[DISCONNECT])
 
     assert [2] == sync_rows()
+
+
+@pytest.mark.parametrize("sync_engine", ["sqlite"], indirect=True)
+async def test_client_that_leaves_is_told_while_a_thread_hangs_in_a_commit(sync_db, drive, add):
+    """G10: a COMMIT that was given up belongs to its thread, and the event loop goes on."""
+    is_committing, may_end = threading.Event(), threading.Event()
+    was_let = []
+    sync_db.cleanup_timeout = 0.1
+
+    def hang(connection):
+        is_committing.set()
+        was_let.append(may_end.wait(5))
+
+    async def app(scope, receive, send):
+        await send(start(200))
+        await send(body(b"chunk", more=True))
+        await asyncio.to_thread(add, 1)
+        last = asyncio.create_task(send(body()))
+        await asyncio.to_thread(is_committing.wait)
+        last.cancel()
+        await asyncio.wait([last])
+        assert DISCONNECT == await receive()
+        may_end.set()
+
+    sa.event.listen(sync_db.engine, "commit", hang)
+    exchange = await drive(DBSessionMiddleware(app, database=sync_db), received=[DISCONNECT])
+    while not was_let or sync_db.engine.pool.checkedout():
+        await asyncio.sleep(0.01)
+
+    assert exchange.error is None
+    assert [True] == was_let

@@ -637,9 +637,10 @@ async def test_second_instance_does_nothing_in_each_attempt(db, drive, rows):
     assert 200 == exchange.status
 
 
+@pytest.mark.parametrize("has_block", [False, True])
 @pytest.mark.parametrize("most", [1, 3])
 async def test_instance_for_another_database_leaves_the_replay_to_the_outer_one(
-    engine, drive, rows, most
+    engine, drive, rows, most, has_block
 ):
     """G16: what was done in the outer instance's session is undone with the attempt, too."""
     first, second = Database(engine, name="first"), Database(engine, name="second")
@@ -653,9 +654,14 @@ async def test_instance_for_another_database_leaves_the_replay_to_the_outer_one(
         await second.session.execute(sa.text("SELECT 42"))
         await respond(send)
 
+    async def block(scope, receive, send):
+        async with first.session_scope():
+            await inner(scope, receive, send)
+
     inner = DBSessionMiddleware(app, databases=[first, second], retry=AT_ONCE)
+    inside = block if has_block else inner
     with inject_conflicts(engine, at="SELECT 42"):
-        exchange = await drive(DBSessionMiddleware(inner, database=first, retry=AT_ONCE))
+        exchange = await drive(DBSessionMiddleware(inside, database=first, retry=AT_ONCE))
 
     is_replayed = most > 1
     assert [(1, 1), (2, 2)][:most] == attempts

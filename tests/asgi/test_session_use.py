@@ -15,7 +15,7 @@ from asgi_dbscope import (
     SessionScopeClosedError,
     current_scope,
 )
-from tests.fix_asgi import body, start
+from tests.fix_asgi import body, respond, start
 from tests.fix_database import Item
 
 LOCK = 4713
@@ -193,6 +193,27 @@ async def test_child_that_waits_for_the_end_is_refused_after_it(engine, drive, r
     assert isinstance(exchange.error, LookupError)
     assert 1 == len(refusals)
     assert [] == await rows()
+
+
+async def test_commit_of_the_users_own_may_release_what_it_has_committed(engine, drive, rows):
+    """G10: what runs inside of an ending does not wait for itself."""
+
+    class Releasing(AsyncSession):
+        async def commit(self):
+            await super().commit()
+            await db.release()
+
+    db = Database(async_sessionmaker(engine, class_=Releasing), cleanup_timeout=0.1)
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await respond(send)
+
+    async with asyncio.timeout(5):
+        exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert 200 == exchange.status
+    assert [1] == await rows()
 
 
 async def test_rollback_that_the_loops_end_cancels_throws_the_connection_away(engine, drive):

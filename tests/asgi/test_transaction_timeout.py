@@ -386,6 +386,34 @@ async def test_answer_waits_until_the_connection_is_back(db, engine, drive):
     assert [0, 0] == checked_out
 
 
+async def test_head_that_waits_for_a_commit_that_the_clock_cuts_short_claims_no_success(
+    db, engine, drive
+):
+    """G1: the transaction that a child task commits is the response's, too."""
+    is_committing = asyncio.Event()
+    tasks = []
+
+    def wait_for_ever(connection):
+        is_committing.set()
+        await_only(asyncio.Event().wait())
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        tasks.append(asyncio.create_task(db.release()))
+        await is_committing.wait()
+        await respond(send)
+
+    sa.event.listen(engine.sync_engine, "commit", wait_for_ever)
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+    sa.event.remove(engine.sync_engine, "commit", wait_for_ever)
+    [error] = await asyncio.gather(*tasks, return_exceptions=True)
+
+    assert isinstance(error, CommitInDoubtError)
+    assert [] == exchange.messages
+    assert isinstance(exchange.error, CommitInDoubtError)
+
+
 async def test_scope_inside_with_a_timeout_of_its_own_shares_nothing(db, drive, rows):
     """Whoever names a timeout has that: for a job that takes longer than its request may."""
 
