@@ -1,6 +1,8 @@
 """Several tasks and threads at one session: who is let in, and who clears up."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -15,7 +17,7 @@ from asgi_dbscope import (
     SessionScopeClosedError,
     current_scope,
 )
-from tests.fix_asgi import body, respond, start
+from tests.fix_asgi import Exchange, body, respond, start
 from tests.fix_database import Item
 
 LOCK = 4713
@@ -128,23 +130,20 @@ async def test_connection_that_is_still_awaited_is_left_to_who_waits_for_it(
     await engine.dispose()
 
 
-async def test_child_that_comes_between_the_rollback_and_the_close_is_refused(
-    engine, db, drive, rows
-):
-    """G9, G22: the transaction is over and the scope not yet; nothing begins any more."""
-    is_free = asyncio.Event()
-    sa.event.listen(engine.sync_engine, "checkin", lambda *args: is_free.set())
-    refusals: list[BaseException] = []
+async def fail_beside_a_child(
+    db: Database[Any],
+    drive: Callable[..., Awaitable[Exchange]],
+    its_turn: Callable[[], Awaitable[object]],
+) -> None:
+    """Let a request fail, and a child task of it write when it is *its_turn*: it is refused."""
     tasks: list[asyncio.Task[None]] = []
 
     async def child(session: AsyncSession) -> None:
-        await is_free.wait()
-        try:
+        await its_turn()
+        with pytest.raises(SessionScopeClosedError):
             await session.execute(sa.insert(Item).values(id=2))
-        except SessionScopeClosedError as error:
-            refusals.append(error)
 
-    async def app(scope, receive, send):
+    async def app(scope: Any, receive: Any, send: Any) -> None:
         session = db.session
         await session.execute(sa.insert(Item).values(id=1))
         tasks.append(asyncio.create_task(child(session)))
@@ -154,7 +153,17 @@ async def test_child_that_comes_between_the_rollback_and_the_close_is_refused(
     await asyncio.gather(*tasks)
 
     assert isinstance(exchange.error, LookupError)
-    assert 1 == len(refusals)
+
+
+async def test_child_that_comes_between_the_rollback_and_the_close_is_refused(
+    engine, db, drive, rows
+):
+    """G9, G22: the transaction is over and the scope not yet; nothing begins any more."""
+    is_free = asyncio.Event()
+    sa.event.listen(engine.sync_engine, "checkin", lambda *args: is_free.set())
+
+    await fail_beside_a_child(db, drive, is_free.wait)
+
     assert [] == await rows()
 
 
@@ -170,28 +179,13 @@ async def test_child_that_waits_for_the_end_is_refused_after_it(engine, drive, r
             await super().rollback()
 
     db = Database(async_sessionmaker(engine, class_=Slow), cleanup_timeout=5.0)
-    refusals: list[BaseException] = []
-    tasks: list[asyncio.Task[None]] = []
 
-    async def child(session: AsyncSession) -> None:
+    async def is_its_turn() -> None:
         await is_rolling_back.wait()
         asyncio.get_running_loop().call_soon(may_end.set)
-        try:
-            await session.execute(sa.insert(Item).values(id=2))
-        except SessionScopeClosedError as error:
-            refusals.append(error)
 
-    async def app(scope, receive, send):
-        session = db.session
-        await session.execute(sa.insert(Item).values(id=1))
-        tasks.append(asyncio.create_task(child(session)))
-        raise LookupError
+    await fail_beside_a_child(db, drive, is_its_turn)
 
-    exchange = await drive(DBSessionMiddleware(app, database=db))
-    await asyncio.gather(*tasks)
-
-    assert isinstance(exchange.error, LookupError)
-    assert 1 == len(refusals)
     assert [] == await rows()
 
 

@@ -1,7 +1,8 @@
 """A scope that ends while child tasks use its session: they are waited for, or cut off."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from time import monotonic
 from typing import Any, Self
 
@@ -11,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from asgi_dbscope import Database, DBSessionMiddleware
 from asgi_dbscope.errors import ConcurrentSessionUseError, SessionScopeClosedError
-from tests.fix_asgi import respond
+from tests.fix_asgi import App, respond
 from tests.fix_cancel import ENOUGH
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
@@ -62,6 +63,26 @@ async def barrier(engine: AsyncEngine, make_engine: Callable[..., AsyncEngine]):
         yield barrier
 
 
+def gathering(
+    sibling: Callable[[], Coroutine[Any, Any, Any]], is_time: Callable[[], Awaitable[object]]
+) -> tuple[App, list[asyncio.Future[Any]]]:
+    """An app with a cold `gather` of a *sibling* and a branch that fails when it *is_time*.
+
+    The list has the sibling's task once the app has begun.
+    """
+    siblings: list[asyncio.Future[Any]] = []
+
+    async def fail() -> None:
+        await is_time()
+        raise BranchError
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        siblings.append(asyncio.ensure_future(sibling()))
+        await asyncio.gather(siblings[0], fail())
+
+    return app, siblings
+
+
 async def assert_pool_is_intact(engine, *, in_use=0):
     """Every connection that the pool gives out works, and none is lost."""
     assert in_use == engine.pool.checkedout()
@@ -77,7 +98,6 @@ async def assert_pool_is_intact(engine, *, in_use=0):
 @ON_POSTGRES
 async def test_scope_waits_for_a_sibling_that_runs_a_statement(db, drive, engine, rows, barrier):
     """G22: after a failing branch of a cold `gather`, the other's statement is let finish."""
-    siblings = []
 
     async def sibling():
         db.session.add(Item(id=1))
@@ -85,14 +105,7 @@ async def test_scope_waits_for_a_sibling_that_runs_a_statement(db, drive, engine
         await db.session.execute(barrier.statement)
         return "finished"
 
-    async def fail():
-        await barrier.is_reached.wait()
-        raise BranchError
-
-    async def app(scope, receive, send):
-        siblings.append(asyncio.ensure_future(sibling()))
-        await asyncio.gather(siblings[0], fail())
-
+    app, siblings = gathering(sibling, barrier.is_reached.wait)
     request = asyncio.create_task(drive(DBSessionMiddleware(app, database=db)))
     await barrier.is_reached.wait()
     await asyncio.sleep(0)
@@ -110,21 +123,13 @@ async def test_scope_waits_for_a_sibling_that_runs_a_statement(db, drive, engine
 async def test_sibling_that_outlives_the_deadline_is_cut_off(engine, drive, rows, barrier):
     """G22: after `cleanup_timeout` the connection is thrown away, and the pool is intact."""
     db = Database(engine, cleanup_timeout=0.05)
-    siblings = []
 
     async def sibling():
         db.session.add(Item(id=1))
         await db.session.flush()
         await db.session.execute(barrier.statement)
 
-    async def fail():
-        await barrier.is_reached.wait()
-        raise BranchError
-
-    async def app(scope, receive, send):
-        siblings.append(asyncio.ensure_future(sibling()))
-        await asyncio.gather(siblings[0], fail())
-
+    app, siblings = gathering(sibling, barrier.is_reached.wait)
     exchange = await drive(DBSessionMiddleware(app, database=db))
 
     assert isinstance(exchange.error, BranchError)
@@ -168,7 +173,6 @@ async def test_sibling_in_a_savepoint_is_cut_off_as_soon(engine, drive):
 
 async def test_sibling_between_two_statements_is_told(db, drive, engine, rows):
     """G22, G9: a sibling that comes back to an ended scope's session is told to take its own."""
-    siblings = []
     has_begun = asyncio.Event()
     is_over = asyncio.Event()
 
@@ -182,14 +186,7 @@ async def test_sibling_between_two_statements_is_told(db, drive, engine, rows):
             with pytest.raises(SessionScopeClosedError, match="session_scope"):
                 await session.scalar(sa.select(1))
 
-    async def fail():
-        await has_begun.wait()
-        raise BranchError
-
-    async def app(scope, receive, send):
-        siblings.append(asyncio.ensure_future(sibling()))
-        await asyncio.gather(siblings[0], fail())
-
+    app, siblings = gathering(sibling, has_begun.wait)
     exchange = await drive(DBSessionMiddleware(app, database=db))
     is_over.set()
     await asyncio.gather(*siblings)
@@ -218,19 +215,11 @@ async def until_somebody_waits_for(engine):
 async def test_scope_waits_for_a_sibling_that_is_connecting(narrow, drive):
     """G22: a sibling that waits for a connection of an exhausted pool gets it and gives it back."""
     db = Database(narrow)
-    siblings = []
 
     async def sibling():
         return await db.session.scalar(sa.select(1))
 
-    async def fail():
-        await until_somebody_waits_for(narrow)
-        raise BranchError
-
-    async def app(scope, receive, send):
-        siblings.append(asyncio.ensure_future(sibling()))
-        await asyncio.gather(siblings[0], fail())
-
+    app, siblings = gathering(sibling, partial(until_somebody_waits_for, narrow))
     only = await narrow.connect()
     request = asyncio.create_task(drive(DBSessionMiddleware(app, database=db)))
     await until_somebody_waits_for(narrow)
@@ -247,19 +236,11 @@ async def test_scope_waits_for_a_sibling_that_is_connecting(narrow, drive):
 async def test_sibling_that_connects_after_the_deadline_leaks_nothing(narrow, drive):
     """G22: a sibling that gets its connection only after the scope's end does not keep it."""
     db = Database(narrow, cleanup_timeout=0.02)
-    siblings = []
 
     async def sibling():
         await db.session.scalar(sa.select(1))
 
-    async def fail():
-        await until_somebody_waits_for(narrow)
-        raise BranchError
-
-    async def app(scope, receive, send):
-        siblings.append(asyncio.ensure_future(sibling()))
-        await asyncio.gather(siblings[0], fail())
-
+    app, siblings = gathering(sibling, partial(until_somebody_waits_for, narrow))
     only = await narrow.connect()
     exchange = await drive(DBSessionMiddleware(app, database=db))
     await only.close()
@@ -275,19 +256,11 @@ async def test_sibling_that_connects_after_the_deadline_leaks_nothing(narrow, dr
 async def test_sibling_that_never_connects_keeps_nobody_waiting(narrow, drive):
     """G22: where the pool stays exhausted, the scope ends after its deadline all the same."""
     db = Database(narrow, cleanup_timeout=0.02)
-    siblings = []
 
     async def sibling():
         await db.session.scalar(sa.select(1))
 
-    async def fail():
-        await until_somebody_waits_for(narrow)
-        raise BranchError
-
-    async def app(scope, receive, send):
-        siblings.append(asyncio.ensure_future(sibling()))
-        await asyncio.gather(siblings[0], fail())
-
+    app, siblings = gathering(sibling, partial(until_somebody_waits_for, narrow))
     async with narrow.connect():
         exchange = await drive(DBSessionMiddleware(app, database=db))
         siblings[0].cancel()
@@ -300,7 +273,6 @@ async def test_sibling_that_never_connects_keeps_nobody_waiting(narrow, drive):
 
 async def test_sibling_about_to_begin_is_told(db, drive, engine, rows):
     """G22, G9: a sibling that comes to its first statement after the end takes no connection."""
-    siblings = []
     is_over = asyncio.Event()
 
     async def sibling():
@@ -309,14 +281,7 @@ async def test_sibling_about_to_begin_is_told(db, drive, engine, rows):
         async with session.begin():
             await session.execute(sa.insert(Item).values(id=1))
 
-    async def fail():
-        await asyncio.sleep(0)
-        raise BranchError
-
-    async def app(scope, receive, send):
-        siblings.append(asyncio.ensure_future(sibling()))
-        await asyncio.gather(siblings[0], fail())
-
+    app, siblings = gathering(sibling, partial(asyncio.sleep, 0))
     await drive(DBSessionMiddleware(app, database=db))
     is_over.set()
     [outcome] = await asyncio.gather(*siblings, return_exceptions=True)
