@@ -125,7 +125,7 @@ async def test_scope_inside_shares_the_requests_time(engine, drive):
             errors.append(str(error))
             raise
 
-    exchange = await drive(DBSessionMiddleware(endpoint(work), database=db, timeout=0.1))
+    exchange = await drive(DBSessionMiddleware(endpoint(work), database=db, timeout=0.4))
 
     assert 504 == exchange.status
     [message] = errors
