@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 sys.path.append(str(Path(__file__).parents[1]))
 
 pytest_plugins = [
+    "tests.fix_coverage",
     "tests.fix_postgres",
     "tests.fix_mariadb",
     "tests.fix_pgbouncer",

@@ -264,6 +264,7 @@ async def test_timeout_of_the_drivers_own_stays_one(drive):
 
 
 @ON_POSTGRES
+@pytest.mark.once
 async def test_no_place_is_lost_however_many_give_up(engine, make_engine):
     """G10, G14: after hundreds of waits that ran out at any moment the pool is whole."""
     small = make_engine(engine.driver, pool_size=2, max_overflow=1, pool_pre_ping=True)

@@ -83,6 +83,7 @@ def execute(source: Source, loop: Loop) -> Callable[[Database[Any], str], list[A
     return execute
 
 
+@pytest.mark.once
 def test_statement_does_what_it_does_without_a_label(source, execute):
     """Quotes, comments, line breaks, parameters, 64 KiB: nothing of a label is SQL."""
     expected = execute(Database(source), "plain")
@@ -131,6 +132,7 @@ async def test_path_of_any_kind_is_only_a_name(engine, drive, rows, path):
 @pytest.mark.parametrize(
     ("driver", "connect_args"), [("asyncpg", {}), ("psycopg", {"prepare_threshold": 0})]
 )
+@pytest.mark.once
 async def test_labels_that_differ_do_not_pile_up_in_the_driver(make_engine, driver, connect_args):
     """A label made from data makes each statement another one; those prepared stay bounded."""
     engine = make_engine(driver, connect_args=connect_args)

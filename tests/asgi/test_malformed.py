@@ -50,6 +50,9 @@ from tests.messages import (
     TRAILERS,
 )
 
+# Once an endpoint has a retry, an app gets copies of its `http.request`.
+pytestmark = pytest.mark.usefixtures("forget_endpoints")
+
 EXAMPLES = os.environ.get("DBSCOPE_TEST_PROGRAMS")
 """How many programs to run, where somebody asked for it."""
 
@@ -242,6 +245,7 @@ MOMENTS = {
 
 @pytest.mark.parametrize("source", ["asyncpg"], indirect=True)
 @pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.once
 def test_every_message_at_every_moment(compare, moment):
     """G1, G3, G7, G18: there is no message that commits, hangs or leaks at the wrong time."""
     before, after = MOMENTS[moment]

@@ -627,6 +627,7 @@ async def rush(drive: Drive, db: SyncDatabase, count: int) -> list[int | None]:
 
 
 @pytest.mark.parametrize("driver", ["sqlite", "psycopg"])
+@pytest.mark.once
 async def test_two_connections_serve_two_hundred_threads(
     drive: Drive, make_sync_engine: MakeEngine, driver: str
 ) -> None:

@@ -89,6 +89,7 @@ class Line:
 
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("kind", ["request", "session_scope", "block"])
+@pytest.mark.once
 async def test_who_follows_in_the_context_of_a_scope_keeps_nothing_of_it(kind, overlaps):
     """G9: A task started inside of a scope has that in its context, and no more of the past."""
     line = Line(kind, overlaps=overlaps)
@@ -168,6 +169,7 @@ def ours() -> Counter[str]:
 
 
 @pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+@pytest.mark.once
 async def test_a_request_costs_the_same_whatever_came_before(db, drive):
     """G9: Requests, hooks and tasks that outlive theirs leave nothing that others pay for."""
     past = Past(drive, db)

@@ -146,6 +146,7 @@ async def test_one_session_however_it_is_reached(db, install, drive):
     assert 1 == len(set(map(id, seen)))
 
 
+@pytest.mark.once
 async def test_concurrent_requests_have_sessions_of_their_own(engine, db, install, drive):
     """G12: two hundred requests at once, on a pool of ten, each write their own row once."""
     app = FastAPI()

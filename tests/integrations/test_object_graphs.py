@@ -326,6 +326,7 @@ async def test_graph_is_one_transaction_before_the_head(build, kind, db, drive, 
 
 
 @pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
+@pytest.mark.once
 async def test_requests_at_once_have_a_session_each(engine, build, kind, db, drive, rows):
     """G12, G14: on a pool of two, fifty graphs at once have fifty sessions, and commit."""
     noted: list[PlaceItem] = []

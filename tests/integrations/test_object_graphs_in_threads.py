@@ -281,6 +281,7 @@ async def test_graph_is_one_transaction_before_the_head(build, db, drive, rows, 
 
 
 @PSYCOPG
+@pytest.mark.once
 async def test_more_requests_at_once_than_threads_have_a_session_each(build, two, db, drive, rows):
     """G12, G14: endpoints in all forty threads wait for two connections, and none hangs."""
     count = 200 if build is with_dependency_injector else 60

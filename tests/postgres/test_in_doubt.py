@@ -127,6 +127,7 @@ async def lose_many(make_db, proxy, place, count):
     [(before_commit, Outcome.ROLLED_BACK), (after_commit, Outcome.COMMITTED)],
     ids=["commit", "answer"],
 )
+@pytest.mark.once
 async def test_every_lost_commit_is_resolved_rightly(make_db, proxy, rows, place, outcome):
     """G15: of many COMMITs that get lost, or whose answers do, each is resolved, none wrongly."""
     outcomes = await lose_many(make_db, proxy, place, COUNT)

@@ -117,6 +117,7 @@ def test_every_guarantee_is_kept_on_sqlite(demo, tmp_path):
     assert [] == list(tmp_path.iterdir())
 
 
+@pytest.mark.once
 async def test_every_guarantee_is_kept_on_postgresql(demo, postgres_url):
     """G1, G2, G3, G4, G5, G6, G7, G8, G21: the tour finds each of them kept on PostgreSQL, where
     the yield dependency takes an aborted transaction for committed, and drops its schemas.
@@ -141,6 +142,7 @@ async def schemas_of(url):
         return sorted(found)
 
 
+@pytest.mark.once
 def test_broken_guarantee_is_an_exit_status(start, tmp_path):
     """A step that is not as promised is told, and makes the exit status 1; the files are kept."""
     step = "Step('G1', 'Never', '', ('GET', '/health', None), {'never true': lambda facts: False})"
@@ -234,6 +236,7 @@ def test_serves_until_it_is_interrupted(start, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+@pytest.mark.once
 def test_tour_can_be_terminated(start, tmp_path):
     """A signal in mid-tour ends the demo cleanly, with the exit status of an interruption."""
     process = start(*demo_of("STEPS * 9", once=True))

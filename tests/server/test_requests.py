@@ -236,6 +236,7 @@ def test_session_refuses_use_after_its_scope(served, stored):
 # --------------------------------------------------------------------------------------
 
 
+@pytest.mark.once
 def test_burst_of_requests_on_a_small_pool(served, stored):
     """G12: two hundred connections at once on a pool of five: each row once, none lost."""
     with contextlib.ExitStack() as clients:
