@@ -5,11 +5,12 @@ checked in, a coroutine never awaited) are errors by configuration. Here: no tas
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
 from asgi_dbscope import _current
+from asgi_dbscope._retry import endpoint_retries
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +28,13 @@ def no_scope_is_left() -> object:
     yield
     assert _current.innermost.get() is None
     return None
+
+
+@pytest.fixture(autouse=True)
+def no_retry_is_left() -> Iterator[None]:
+    """Fail a test whose endpoints have a retry that every later request would know of.
+
+    It needs the fixture ``forget_endpoints``.
+    """
+    yield
+    assert endpoint_retries.max_body is None
