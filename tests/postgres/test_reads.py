@@ -632,7 +632,7 @@ async def test_label_needs_a_transaction(engine, reads, drive):
     await reads.dispose()
 
 
-async def test_read_that_lost_to_a_conflict_is_replayed(serve, db):
+async def test_read_that_lost_to_a_conflict_is_replayed(serve, db, forget_endpoints):
     """G16: nothing of a read is durable, so a conflict (as replicas have them) is replayed."""
     attempts: list[int] = []
 
@@ -649,7 +649,7 @@ async def test_read_that_lost_to_a_conflict_is_replayed(serve, db):
     assert (200, [1, 2]) == (exchange.status, attempts)
 
 
-async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db):
+async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db, forget_endpoints):
     """G16: before the block's transaction begins the read is over, and nothing was committed."""
     attempts: list[int] = []
 
@@ -665,7 +665,9 @@ async def test_block_after_a_read_that_lost_to_a_conflict_is_replayed(serve, db)
     assert (200, [1, 2]) == (exchange.status, attempts)
 
 
-async def test_transaction_by_hand_that_was_committed_forbids_a_replay(serve, reads):
+async def test_transaction_by_hand_that_was_committed_forbids_a_replay(
+    serve, reads, forget_endpoints
+):
     """G16: who begins and commits by hand has left the reads, whatever was done there."""
     attempts: list[int] = []
 
