@@ -208,6 +208,10 @@ def _milliseconds(seconds: float) -> int:
     return min(max(1, round(seconds * 1000)), 2**31 - 1)  # the settings' own limits
 
 
+CUT = "asgi_dbscope_cut"
+"""The name in a pooled connection's ``info`` of whether it was cut: nobody may get it again."""
+
+
 def cut(connection: Connection) -> bool:
     """Cut the connection of a synchronous driver, from another thread; whether that could be done.
 
@@ -215,6 +219,8 @@ def cut(connection: Connection) -> bool:
     which has no server, is told to give up the statement that it is at.
     """
     try:
+        if is_lost_when_cut(connection.dialect):
+            connection.info[CUT] = True  # a driver may not notice before it is used again
         driver: Any = connection.connection.driver_connection
         if hasattr(driver, "interrupt"):  # sqlite3; aiosqlite has one of its own inside
             getattr(driver, "_conn", driver).interrupt()

@@ -354,8 +354,13 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
 def _on_checkin(
     dbapi_connection: DBAPIConnection | None, connection_record: ConnectionPoolEntry
 ) -> None:
-    """Never let a connection back into the pool inside a transaction, whatever went before."""
-    if dbapi_connection is None or not _dialects.is_in_transaction(dbapi_connection):
+    """Never let a connection back into the pool inside a transaction, nor one that was cut."""
+    if dbapi_connection is None:
+        return
+    if _dialects.CUT in connection_record.info:
+        connection_record.invalidate()
+        return
+    if not _dialects.is_in_transaction(dbapi_connection):
         return
     try:
         dbapi_connection.rollback()

@@ -190,6 +190,18 @@ def test_statement_of_the_connection_that_takes_too_long_is_interrupted(make_syn
     assert 0 == engine.pool.checkedout()
 
 
+def test_connection_that_was_cut_unnoticed_does_not_come_back(make_sync_engine):
+    """G19: psycopg has said nothing to the server yet, so its ROLLBACK succeeds."""
+    engine = make_sync_engine("psycopg")
+    db = Database(engine)
+    with db.session_scope() as session:
+        db.scope.set_rollback_only()
+        assert _dialects.cut(session.connection())
+
+    with engine.connect() as connection:
+        assert 1 == connection.scalar(sa.text("SELECT 1"))
+
+
 def test_statement_of_the_connection_is_not_idle(make_sync_engine):
     """A thread that is inside a statement of the connection is at work."""
     engine = make_sync_engine("psycopg")

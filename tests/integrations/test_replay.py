@@ -369,6 +369,7 @@ async def test_litestar_reads_a_form_and_its_files_anew(db, drive, rows):
     async def place(request: litestar.Request[Any, Any, Any]) -> None:
         form = await request.form()
         read.append((form["number"], await form["file"].read()))
+        await form["file"].close()  # as newer Litestar does by itself
         await write(db, 7)
 
     middleware = DefineMiddleware(DBSessionMiddleware, database=db, retry=AT_ONCE)
