@@ -108,10 +108,9 @@ def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
     known: Watch | None = connection.__dict__.pop(WATCH, None)
     if known is None or known.scopes == (scope,):
         return
-    others = [each for each in known.scopes if each is not scope]
-    if others:
-        left = connection.__dict__[WATCH] = Watch(others[0])
-        left.scopes = tuple(others)
+    for other in known.scopes:
+        if other is not scope:
+            watch(connection, other)
 
 
 def watch_engine(engine: Engine) -> None:

@@ -24,6 +24,7 @@ from asgi_dbscope import (
     SessionScope,
     SessionScopeClosedError,
     State,
+    _gate,
     current_scope,
     current_session,
 )
@@ -104,6 +105,36 @@ async def checked_in(engine: sa.Engine) -> bool:
 # --------------------------------------------------------------------------------------
 # One session, many threads
 # --------------------------------------------------------------------------------------
+
+
+async def test_thread_that_asks_while_another_opens_the_scope_gets_that_one(
+    drive: Drive, sync_engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G5, G22: the lock was another thread's, which has opened the scope meanwhile."""
+    db = Database(sync_engine)
+    opened: list[object] = []
+
+    class Overtaken:
+        """What is done before the lock is had."""
+
+        def __enter__(self) -> None:
+            if not opened:
+                opened.append(None)
+                opened[0] = db.scope
+
+        def __exit__(self, *_: object) -> None:
+            """It is free."""
+
+    monkeypatch.setattr(_gate, "_creation", Overtaken())
+
+    async def app(_scope: Any, _receive: Any, send: Any) -> None:
+        assert db.scope is opened[0]
+        await send(start())
+        await send(body())
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+
+    assert 200 == exchange.status
 
 
 async def test_every_thread_of_a_request_sees_one_session(
