@@ -139,17 +139,12 @@ class ResponseGate:
     is_request = True
     """It is no scope by itself."""
 
-    # What few requests have costs the others nothing: a default of the class.
-    late_scopes: Sequence[SessionScope[Any]] = ()
-    late_streamer: asyncio.Task[Any] | None = None
-    _failure: BaseException | None = None
-    _held: Message | None = None
-    _is_body_sent = False
-
     __slots__ = (
-        "__dict__",
         "_asgi_scope",
+        "_failure",
         "_has_trailers",
+        "_held",
+        "_is_body_sent",
         "_is_head_taken",
         "_lock",
         "_outer_exception",
@@ -158,6 +153,8 @@ class ResponseGate:
         "_raw_send",
         "_streamer",
         "is_over",
+        "late_scopes",
+        "late_streamer",
         "loop",
         "outer",
         "scopes",
@@ -181,10 +178,14 @@ class ResponseGate:
         self._phase = _RESPONSE
         self._has_trailers = False
         self._is_head_taken = False
+        self._failure: BaseException | None = None
+        self._held: Message | None = None
         self._lock: asyncio.Lock | None = None
         self._streamer: asyncio.Task[Any] | None = None
         self.scopes: Sequence[SessionScope[Any]] = ()
         self.is_over = False
+        self.late_scopes: Sequence[SessionScope[Any]] = ()
+        self.late_streamer: asyncio.Task[Any] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         try:  # noqa: SIM105 - a context manager costs as much as the rest of this
             self.loop = get_running_loop()
