@@ -139,7 +139,8 @@ class SessionScope(Lifecycle, Generic[S]):
     """The last error with an HTTP answer of its own, and what had become of the scope by then."""
     holder: SessionScope[Any] | None = None
     is_closing = False
-    """Whether it is ending for good: hooks may still run, but nobody gets its session any more."""
+    """Whether it is ending for good: hooks may still run, but no operation of its session begins,
+    and no session is made, which nobody would close."""
     is_rolling_back = False
     is_answer_missing = False
     """Whether a COMMIT got no answer, and the server is being asked what became of it."""
@@ -775,7 +776,7 @@ class SessionScope(Lifecycle, Generic[S]):
         Returns:
             A cancellation that arrived meanwhile, which the caller has to pass on.
         """
-        self._begin_closing()
+        self.is_closing = True
         try:
             cancellation = await self.settle(ending, is_failing=is_failing)
         finally:
@@ -784,15 +785,9 @@ class SessionScope(Lifecycle, Generic[S]):
                 redeliver(await run_hooks(self, late=True, is_failing=True))
         return cancellation
 
-    def _begin_closing(self) -> None:
-        """Let no operation begin any more; nobody would close a session that is made now."""
-        self.is_closing = True
-        if self.use is not None:
-            self.use.is_closing = True
-
     def close_here(self, ending: Ending, *, is_failing: bool = False) -> None:
         """:meth:`close` of a synchronous session, in this thread."""
-        self._begin_closing()
+        self.is_closing = True
         try:
             self.settle_here(ending, is_failing=is_failing)
         finally:

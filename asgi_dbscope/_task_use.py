@@ -114,7 +114,7 @@ class TaskUse(SessionUse):
         while self.ender is not None:
             await_only(asyncio.wait([self.ender]))
             self.check_registration()
-        if self.is_closing:
+        if self.scope.is_closing:
             self.scope.refuse_late_use()
         if self.user is not None:
             msg = self.concurrent_message(_describe(self.user), _describe(task))

@@ -108,7 +108,7 @@ class ThreadUse(SessionUse):
             while self.ender is not None or (is_serial and self.user is not None):
                 self._changed.wait()
             self.check_registration()
-            if self.is_closing:
+            if self.scope.is_closing:
                 self.scope.refuse_late_use()
             if self.user is not None:
                 inside, entering = (f"thread {each.name!r}" for each in (self.user, thread))

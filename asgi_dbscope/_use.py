@@ -59,8 +59,6 @@ class SessionUse(ABC):
 
         is_closed: Whether the session was closed before its scope ended.
 
-        is_closing: Whether the scope is ending for good: no operation begins any more.
-
         is_torn: Whether the transaction is to be rolled back when the session is free: the client
             of a streaming body has left.
 
@@ -79,7 +77,6 @@ class SessionUse(ABC):
     is_abandoned = False
     is_begun_by_hand = False
     is_closed = False
-    is_closing = False
     is_committing = False
     is_torn = False
     user: Any = None
