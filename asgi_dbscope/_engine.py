@@ -106,7 +106,7 @@ def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
     if scope.expiry is not None:
         connection.__dict__[EXPIRY] = scope.expiry
     known: Watch | None = connection.__dict__.pop(WATCH, None)
-    if known is None or known.scopes == (scope,):
+    if known is None:
         return
     for other in known.scopes:
         if other is not scope:
