@@ -672,18 +672,49 @@ async def test_two_connections_serve_two_hundred_threads(
 
 
 @pytest.mark.parametrize("driver", ["sqlite", "psycopg"])
-@pytest.mark.once
-async def test_they_would_deadlock_in_the_threads_of_the_endpoints(
-    drive: Drive, make_sync_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, driver: str
+@pytest.mark.parametrize("shared", [False, True])
+async def test_endings_wait_for_no_thread_of_the_endpoints(
+    drive: Drive,
+    make_sync_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+    driver: str,
+    shared: bool,
 ) -> None:
-    """G14: the control: with the default limiter endings wait for threads that wait for them."""
-    engine = make_sync_engine(driver, pool_size=2, max_overflow=0, pool_timeout=0.5)
+    """G14: all threads wait for the connections that endings give back; *shared* is the control."""
+    timeout = 0.5 if shared else ENOUGH
+    engine = make_sync_engine(driver, pool_size=2, max_overflow=0, pool_timeout=timeout)
     db = Database(engine)
-    monkeypatch.setattr(db, "limiter", lambda *_: anyio.to_thread.current_default_thread_limiter())
+    loop = asyncio.get_running_loop()
+    threads = anyio.to_thread.current_default_thread_limiter()
+    if shared:
+        monkeypatch.setattr(db, "limiter", lambda *_: threads)
+    monkeypatch.setattr(threads, "total_tokens", 4)
+    holding, waiting = asyncio.Semaphore(0), asyncio.Semaphore(0)
+    go_on = asyncio.Event()
 
-    statuses = await rush(drive, db, 200)
+    async def hold_then_end(scope: Any, receive: Any, send: Any) -> None:
+        await in_thread(db.session.scalar, sa.select(1))
+        holding.release()
+        await go_on.wait()
+        await endpoint()(scope, receive, send)
 
-    assert 503 in statuses  # QueuePool's TimeoutError
+    def work() -> None:
+        loop.call_soon_threadsafe(waiting.release)
+        db.session.scalar(sa.select(1))
+
+    asgi = DBSessionMiddleware(hold_then_end, database=db)
+    holders = [asyncio.ensure_future(drive(asgi)) for _ in range(2)]
+    for _ in holders:
+        await holding.acquire()
+    asgi = DBSessionMiddleware(endpoint(work), database=db)
+    waiters = [asyncio.ensure_future(drive(asgi)) for _ in range(4)]
+    for _ in waiters:
+        await waiting.acquire()
+    go_on.set()
+    ended = [exchange.status for exchange in await asyncio.gather(*holders, *waiters)]
+
+    assert [201] * 2 == ended[:2]
+    assert shared == (503 in ended[2:])  # QueuePool's TimeoutError
 
 
 @pytest.mark.parametrize("driver", ["sqlite", "psycopg"])
