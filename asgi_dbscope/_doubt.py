@@ -72,10 +72,15 @@ def settle_doubt(session: Session, use: SessionUse, error: BaseException) -> boo
         return False
     if not isinstance(error, Exception):  # a cancellation stays one
         return False
-    doubt = CommitInDoubtError(_describe(scope), transaction_id=scope.transaction_id)
+    doubt = doubt_of(scope)
     if scope.expiry is not None:
         scope.expiry = doubt  # the clock has said that it was rolled back
     raise doubt from error
+
+
+def doubt_of(scope: SessionScope[Any]) -> CommitInDoubtError:
+    """What to tell of a COMMIT of which nobody knows what became."""
+    return CommitInDoubtError(_describe(scope), transaction_id=scope.transaction_id)
 
 
 def _describe(scope: SessionScope[Any]) -> str:

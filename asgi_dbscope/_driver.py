@@ -43,13 +43,10 @@ def end_transaction(
             be sent.
     """
     timeout = scope.database.cleanup_timeout
-    use.begin_ending()
+    use.begin_ending(ending)
     try:
         if not session.in_transaction():
-            # It was ended by another ending, which this one has waited for; and which the clock
-            # may have cut short.
-            if ending is Ending.COMMIT:
-                scope.check_can_commit()
+            _check_ended(scope, use, ending)
             return
         if ending is Ending.ABANDON:
             _throw_away(scope, session, use)
@@ -73,10 +70,19 @@ def end_transaction(
         use.end_ending(session)
 
 
+def _check_ended(scope: SessionScope[Any], use: SessionUse, ending: Ending) -> None:
+    """Claim no success of a transaction that another ending has ended, if it came to nothing."""
+    if ending is Ending.COMMIT:
+        scope.check_can_commit()  # the clock may have cut it short
+        if scope.outcome is not Outcome.COMMITTED:
+            use.check_commit_before(ending)
+
+
 def _commit(scope: SessionScope[Any], session: Session, use: SessionUse) -> None:
     try:
         use.commit(session)
     except BaseException as error:
+        use.failed_commit = error
         if scope.state is State.COMMITTING and not isinstance(error, Exception):
             lose_answer(scope)  # cancelled, and the driver said nothing of it
         _roll_back(scope, session, use)

@@ -174,9 +174,12 @@ class TaskUse(SessionUse):
         if self._becomes_free is not None and not self._becomes_free.done():
             self._becomes_free.set_result(None)
 
-    def begin_ending(self) -> None:
-        while self.ender is not None:
-            await_only(asyncio.wait([self.ender]))
+    def begin_ending(self, ending: Ending) -> None:
+        if self.ender is not None:
+            known = self.failed_commit
+            while self.ender is not None:
+                await_only(asyncio.wait([self.ender]))
+            self.check_commit_before(ending, known)
         self.ender = asyncio.current_task()
         _ending.set(self)  # in the context of the ending's task, and so of those it starts
 

@@ -157,10 +157,12 @@ class ThreadUse(SessionUse):
         if self.is_abandoned:
             self._throw_away(session)
 
-    def begin_ending(self) -> None:
+    def begin_ending(self, ending: Ending) -> None:
         with self._changed:
+            known = self.failed_commit
             while self.ender is not None:
                 self._changed.wait()
+            self.check_commit_before(ending, known)
             self.ender = threading.current_thread()
 
     def end_ending(self, session: Session) -> None:

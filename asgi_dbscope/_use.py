@@ -12,8 +12,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from asgi_dbscope._current import get_innermost
-from asgi_dbscope._lifecycle import State
+from asgi_dbscope._doubt import doubt_of
+from asgi_dbscope._lifecycle import Outcome, State
+from asgi_dbscope._policy import Ending
 from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
     SessionScopeClosedError,
     SessionScopeMismatchError,
     StreamSessionError,
@@ -47,6 +50,8 @@ class SessionUse(ABC):
 
         ender: The task or thread that is ending the transaction now; nobody else may use it.
 
+        failed_commit: The error of the last COMMIT of an ending, if that failed.
+
         has_several_users: Whether more than one task has been inside.
 
         is_begun_by_hand: Whether the open transaction is of a ``begin()`` of the user's own.
@@ -70,6 +75,7 @@ class SessionUse(ABC):
 
     # Few transactions need another value: a default of the class costs them nothing.
     ender: Any = None
+    failed_commit: BaseException | None = None
     has_late_body = False
     has_lost = False
     has_several_users = False
@@ -149,8 +155,12 @@ class SessionUse(ABC):
         """An operation has ended; clear up what the last one out was told to."""
 
     @abstractmethod
-    def begin_ending(self) -> None:
-        """Let nobody else in; after another ending, if there is one."""
+    def begin_ending(self, ending: Ending) -> None:
+        """Let nobody else in; after another ending, if there is one.
+
+        Raises:
+            BaseException: See :meth:`check_commit_before`.
+        """
 
     @abstractmethod
     def end_ending(self, session: Session) -> None:
@@ -190,6 +200,32 @@ class SessionUse(ABC):
         """Run the hooks of a transaction that the user has ended."""
 
     # ---------------------------------------------------------------- what it knows
+
+    def check_commit_before(self, ending: Ending, known: BaseException | None = None) -> None:
+        """Refuse to claim a success where another ending has failed to commit the same work.
+
+        Args:
+            ending: What is asked for, now that the other ending is over.
+
+            known: The failed COMMIT that was known before.
+
+        Raises:
+            Exception: What the database said to that COMMIT.
+            CommitInDoubtError: If it was given up, and nobody knows what became of it.
+            ConcurrentSessionUseError: If it was given up before it was sent.
+        """
+        failure = self.failed_commit
+        if failure is known or ending is not Ending.COMMIT:
+            return
+        if isinstance(failure, Exception):
+            raise failure
+        if self.scope.outcome is Outcome.IN_DOUBT:
+            raise doubt_of(self.scope) from failure
+        msg = (
+            f"{self.scope!r}: another task was cancelled while it committed the open transaction, "
+            "which was rolled back. Await child tasks before the response is sent."
+        )
+        raise ConcurrentSessionUseError(msg) from failure
 
     def check_registration(self) -> None:
         """Refuse objects and operations that come too late."""

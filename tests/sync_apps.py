@@ -1,12 +1,18 @@
-"""Apps whose work is done in worker threads, and what is committed after it."""
+"""Apps whose work is done in worker threads, held where it matters; and what is committed."""
 
-from collections.abc import Callable
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import anyio.to_thread
 import sqlalchemy as sa
+from sqlalchemy.orm import Session
 
+from asgi_dbscope import Database
 from tests.fix_asgi import App, body, start
+from tests.fix_cancel import ENOUGH
 from tests.fix_database import Item
 
 Rows = Callable[[], list[int]]
@@ -29,3 +35,53 @@ def endpoint(*functions: Callable[[], Any], status: int = 201) -> App:
         await send(body(b"done"))
 
     return app
+
+
+class Hold:
+    """The next event of its kind waits, in its thread, until it is let go.
+
+    Attributes:
+        reached: Set when a thread has come to it.
+    """
+
+    def __init__(self) -> None:
+        self.reached = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._let_go = threading.Event()
+        self._is_used = False
+
+    def __call__(self, *args: object) -> None:
+        if not self._is_used:
+            self._is_used = True
+            self._loop.call_soon_threadsafe(self.reached.set)
+            assert self._let_go.wait(ENOUGH)
+
+    def let_go(self) -> None:
+        """Let the thread go on."""
+        self._let_go.set()
+
+
+@contextmanager
+def held(engine: sa.Engine, event: str) -> Iterator[Hold]:
+    """Hold the next *event* of *engine*."""
+    hold = Hold()
+    sa.event.listen(engine, event, hold)
+    try:
+        yield hold
+    finally:
+        hold.let_go()
+        sa.event.remove(engine, event, hold)
+
+
+def write(db: Database[Session], number: int) -> None:
+    """Write an item with the current session."""
+    db.session.add(Item(id=number))
+    db.session.flush()
+
+
+async def checked_in(engine: sa.Engine) -> bool:
+    """Whether a thread that nobody waits for gives its connection back."""
+    async with asyncio.timeout(ENOUGH):
+        while engine.pool.checkedout():  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+    return True

@@ -4,8 +4,8 @@ import asyncio
 import contextvars
 import itertools
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -31,7 +31,7 @@ from asgi_dbscope import (
 from tests.fix_asgi import Drive, body, http_scope, start
 from tests.fix_cancel import ENOUGH, KINDS, MOMENTS, Cut, Kind, Moment
 from tests.fix_database import Item
-from tests.sync_apps import Rows, committed, endpoint
+from tests.sync_apps import Hold, Rows, checked_in, committed, endpoint, held, write
 
 pytest_plugins = ["tests.fix_sync"]
 
@@ -42,48 +42,6 @@ MakeEngine = Callable[..., sa.Engine]
 in_thread = anyio.to_thread.run_sync
 
 
-class Hold:
-    """The next event of its kind waits, in its thread, until it is let go.
-
-    Attributes:
-        reached: Set when a thread has come to it.
-    """
-
-    def __init__(self) -> None:
-        self.reached = asyncio.Event()
-        self._loop = asyncio.get_running_loop()
-        self._let_go = threading.Event()
-        self._is_used = False
-
-    def __call__(self, *args: object) -> None:
-        if not self._is_used:
-            self._is_used = True
-            self._loop.call_soon_threadsafe(self.reached.set)
-            assert self._let_go.wait(ENOUGH)
-
-    def let_go(self) -> None:
-        """Let the thread go on."""
-        self._let_go.set()
-
-
-@contextmanager
-def held(engine: sa.Engine, event: str) -> Iterator[Hold]:
-    """Hold the next *event* of *engine*."""
-    hold = Hold()
-    sa.event.listen(engine, event, hold)
-    try:
-        yield hold
-    finally:
-        hold.let_go()
-        sa.event.remove(engine, event, hold)
-
-
-def write(db: SyncDatabase, number: int) -> None:
-    """Write an item with the current session."""
-    db.session.add(Item(id=number))
-    db.session.flush()
-
-
 @asynccontextmanager
 async def cancelled(task: asyncio.Future[Any]) -> AsyncIterator[None]:
     """Cancel *task*; what is done inside is done before it has ended."""
@@ -92,14 +50,6 @@ async def cancelled(task: asyncio.Future[Any]) -> AsyncIterator[None]:
     yield
     await asyncio.wait([task], timeout=ENOUGH)
     assert task.done(), "the cancellation was lost"
-
-
-async def checked_in(engine: sa.Engine) -> bool:
-    """Whether a thread that nobody waits for gives its connection back."""
-    async with asyncio.timeout(ENOUGH):
-        while engine.pool.checkedout():  # type: ignore[attr-defined]
-            await asyncio.sleep(0.01)
-    return True
 
 
 # --------------------------------------------------------------------------------------

@@ -1,0 +1,97 @@
+"""A child task that nobody awaits ends the transaction, while the response's head waits for it."""
+
+import asyncio
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.util import await_only
+
+from asgi_dbscope import (
+    CommitInDoubtError,
+    ConcurrentSessionUseError,
+    Database,
+    DBSessionMiddleware,
+)
+from tests.fix_asgi import respond
+from tests.fix_database import Child, Item
+
+
+class Hold:
+    """The first event of its kind waits in its task, in SQLAlchemy's greenlet, until let go.
+
+    Attributes:
+        reached: Set when a task has come to it.
+
+        let_go: To be set.
+    """
+
+    def __init__(self, engine, event):
+        self.reached, self.let_go = asyncio.Event(), asyncio.Event()
+        sa.event.listen(engine.sync_engine, event, self._wait, once=True)
+
+    def _wait(self, *args):
+        self.reached.set()
+        await_only(self.let_go.wait())
+
+
+async def settled(tasks):
+    """What became of *tasks*."""
+    return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@pytest.mark.parametrize("has_sibling", [False, True])
+async def test_head_that_waits_for_a_commit_that_fails_claims_no_success(
+    db, engine, drive, rows, has_sibling
+):
+    """G1, G2: the database's error is the head's too, whoever begins a transaction meanwhile."""
+    hold = Hold(engine, "commit")
+    tasks = []
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        await db.session.execute(sa.insert(Child).values(id=1, item_id=404))
+        tasks.append(asyncio.create_task(db.release()))
+        await hold.reached.wait()
+        if has_sibling:
+            tasks.append(asyncio.create_task(db.session.execute(sa.insert(Item).values(id=2))))
+            await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(hold.let_go.set)
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    error, *_ = await settled(tasks)
+
+    assert isinstance(error, sa.exc.IntegrityError)
+    assert [] == exchange.messages
+    assert exchange.error is error
+    assert ["asgi_dbscope: the transaction of GET / was rolled back."] == error.__notes__
+    assert [] == await rows()
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [("commit", CommitInDoubtError), ("before_cursor_execute", ConcurrentSessionUseError)],
+)
+async def test_head_that_waits_for_a_commit_that_is_given_up_claims_no_success(
+    engine, drive, rows, event, expected
+):
+    """G1, G10: a child task that is cancelled, and out of grace, takes the response with it."""
+    db = Database(engine, cleanup_timeout=0.05)
+    hold = Hold(engine, event)
+    tasks = []
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        tasks.append(asyncio.create_task(db.release()))
+        await hold.reached.wait()
+        tasks[0].cancel()
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    [error] = await settled(tasks)
+
+    assert isinstance(error, asyncio.CancelledError)
+    assert [] == exchange.messages
+    assert expected is type(exchange.error)
+    assert [] == await rows()
