@@ -21,7 +21,7 @@ from asgi_dbscope._current import (
     is_of_another_task,
     open_around,
 )
-from asgi_dbscope._doubt import lose_answer
+from asgi_dbscope._doubt import doubt_of, lose_answer
 from asgi_dbscope._driver import end_transaction
 from asgi_dbscope._hook_runs import run_hooks, run_hooks_here
 from asgi_dbscope._lifecycle import (
@@ -473,6 +473,8 @@ class SessionScope(Lifecycle, Generic[S]):
     def refuse_expired(self) -> NoReturn:
         """Say why nothing can be done any more: the transaction was ended before its time."""
         assert self.expiry is not None
+        if self.state is State.COMMITTING:  # by another task, who hasn't heard of it yet
+            raise doubt_of(self)
         raise type(self.expiry)(*self.expiry.args)
 
     def meet(self, error: BaseException) -> None:

@@ -11,6 +11,8 @@ from asgi_dbscope import (
     ConcurrentSessionUseError,
     Database,
     DBSessionMiddleware,
+    Outcome,
+    current_scope,
 )
 from tests.fix_asgi import respond
 from tests.fix_database import Child, Item
@@ -95,3 +97,38 @@ async def test_head_that_waits_for_a_commit_that_is_given_up_claims_no_success(
     assert [] == exchange.messages
     assert expected is type(exchange.error)
     assert [] == await rows()
+
+
+@pytest.mark.parametrize("mode", ["transaction", "manual"])
+async def test_time_that_is_up_in_a_commit_under_way_claims_no_rollback(
+    db, engine, drive, rows, mode
+):
+    """G15: while nobody knows what becomes of a child task's COMMIT nobody is told that it was."""
+    hold = Hold(engine, "commit")
+    told = []
+
+    async def release():
+        scope = current_scope()
+        try:
+            await db.release()
+        finally:
+            told.append(scope.outcome)
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        child = asyncio.create_task(release())
+        await hold.reached.wait()
+        watch = current_scope().watch
+        watch.deadline = 0.0
+        watch._look()  # the clock strikes; the COMMIT hasn't heard of it yet
+        with pytest.raises(CommitInDoubtError):
+            await db.session.execute(sa.text("SELECT 1"))
+        await asyncio.gather(respond(send), child)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30, mode=mode))
+
+    assert [Outcome.IN_DOUBT] == told
+    assert [] == exchange.messages
+    assert isinstance(exchange.error, CommitInDoubtError)
+    assert exchange.status is None
