@@ -1,6 +1,7 @@
 """A child task that nobody awaits ends the transaction, while the response's head waits for it."""
 
 import asyncio
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -119,7 +120,7 @@ async def test_time_that_is_up_in_a_commit_under_way_claims_no_rollback(
         await db.session.flush()
         child = asyncio.create_task(release())
         await hold.reached.wait()
-        watch = current_scope().watch
+        watch: Any = current_scope().watch
         watch.deadline = 0.0
         watch._look()  # the clock strikes; the COMMIT hasn't heard of it yet
         with pytest.raises(CommitInDoubtError):
