@@ -15,6 +15,7 @@ pytest_plugins = [
     "tests.fix_pgbouncer",
     "tests.fix_database",
     "tests.fix_asgi",
+    "tests.fix_clock",
     "tests.fix_leaks",
     "tests.fix_frameworks",
     "tests.fix_retry",

@@ -43,9 +43,12 @@ async def make_db(proxy: Proxy) -> AsyncIterator[MakeDatabase]:
 
 
 def app_of(
-    db: Database[Any], scopes: list[Any], before_answer: Callable[[], object] | None = None
+    db: Database[Any],
+    scopes: list[Any],
+    before_answer: Callable[[], object] | None = None,
+    **options: Any,
 ) -> DBSessionMiddleware:
-    """An app that writes a row, does *before_answer*, and answers."""
+    """An app that writes a row, does *before_answer*, and answers; *options* are its requests'."""
 
     async def app(scope: Message, receive: App, send: App) -> None:
         scopes.append(current_scope())
@@ -56,7 +59,7 @@ def app_of(
         await send(start(201))
         await send(body(b"ok"))
 
-    return DBSessionMiddleware(app, database=db)
+    return DBSessionMiddleware(app, database=db, **options)
 
 
 async def run_job(

@@ -396,9 +396,10 @@ def serve(
             listener.bind(str(directory / "channel"))
             listener.listen()
             listener.settimeout(PATIENCE)
+            # Bound until the server has ended, so that nobody else is given the port meanwhile.
+            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             place.bind(("127.0.0.1", 0))
             port = place.getsockname()[1]
-            place.close()
             process = starter.ask(
                 module=server.module,
                 arguments=[each.format(port=port) for each in (*server.arguments, *options)],

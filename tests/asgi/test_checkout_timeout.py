@@ -131,7 +131,9 @@ async def test_holders_outside_of_any_scope_are_counted(small):
 async def test_long_list_of_holders_is_cut(make_engine):
     """G14: ten holders are named, the rest is a number."""
     engine = make_engine("sqlite", pool_size=12, max_overflow=0)
-    db = Database(engine, checkout_timeout=0.5)
+    for each in [await engine.connect() for _ in range(12)]:
+        await each.close()  # it is made by now, which takes longer than this wait
+    db = Database(engine, checkout_timeout=0.2)
     may_go, held = asyncio.Event(), asyncio.Semaphore(0)
 
     async def hold():
@@ -268,6 +270,8 @@ async def test_timeout_of_the_drivers_own_stays_one(drive):
 async def test_no_place_is_lost_however_many_give_up(engine, make_engine):
     """G10, G14: after hundreds of waits that ran out at any moment the pool is whole."""
     small = make_engine(engine.driver, pool_size=2, max_overflow=1, pool_pre_ping=True)
+    async with small.connect():
+        pass  # a connection is there: somebody gets one in time
     db = Database(small, checkout_timeout=0.3)
     dice = random.Random(14)
     got, refused = 0, 0

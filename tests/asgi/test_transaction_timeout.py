@@ -20,6 +20,7 @@ from asgi_dbscope import (
     session_options,
 )
 from tests.fix_asgi import respond
+from tests.fix_clock import LONG
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
 ON_POSTGRES = pytest.mark.parametrize("engine", POSTGRES_DRIVERS, indirect=True)
@@ -34,8 +35,8 @@ async def test_statement_that_takes_too_long_is_interrupted(db, drive, rows):
 
     async def app(scope, receive, send):
         db.session.add(Item(id=1))
-        await db.session.flush()
         try:
+            await db.session.flush()
             await db.session.execute(SLOW)
         except TransactionTimeoutError:
             task = asyncio.current_task()
@@ -71,19 +72,17 @@ async def test_thread_of_the_driver_gives_up_a_statement_that_takes_too_long(db,
 
 @ON_ALL
 async def test_time_that_is_up_in_the_moment_of_the_answer_ends_the_transaction_once(
-    db, drive, caplog
+    db, drive, clock, caplog
 ):
     """The clock's rollback waits for that of the response, and finds nothing left to do."""
 
     async def app(scope, receive, send):
         db.session.add(Item(id=1))
         await db.session.flush()
-        loop = asyncio.get_running_loop()
-        loop.call_soon(sleep, 0.5)  # the next turn of the loop finds this and the clock due
-        await asyncio.sleep(0.05)
+        clock.forward(LONG, current_scope())
         await respond(send, 409)
 
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.4))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
     await asyncio.sleep(0.01)
 
     assert 409 == exchange.status
@@ -140,13 +139,14 @@ async def test_transaction_is_over_in_time_also_where_nobody_uses_it(db, drive, 
 
 
 @ON_ALL
-async def test_session_is_refused_after_its_time(db, drive):
+async def test_session_is_refused_after_its_time(db, drive, clock):
     """The next use is the error; caught, the head that claims a success is it again."""
     seen = []
 
     async def app(scope, receive, send):
         session_scope = current_scope()
         await db.session.execute(sa.text("SELECT 1"))
+        clock.forward(LONG, session_scope)
         while session_scope.state is not State.IDLE:
             await asyncio.sleep(0.01)
         for _ in range(2):
@@ -156,11 +156,11 @@ async def test_session_is_refused_after_its_time(db, drive):
                 seen.append(str(error))
         await respond(send)
 
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
 
     assert 504 == exchange.status
     assert 2 == len(seen)
-    assert "took longer than its timeout of 0.1 seconds and was rolled back." in seen[1]
+    assert "took longer than its timeout of 300 seconds and was rolled back." in seen[1]
 
 
 async def test_error_response_of_the_apps_own_goes_out(db, drive):
@@ -272,18 +272,18 @@ async def test_server_knows_in_every_transaction_and_forgets_with_it(db, drive, 
 
 
 @ON_POSTGRES
-async def test_time_begins_anew_with_each_transaction(db, drive, rows):
+async def test_time_begins_anew_with_each_transaction(db, drive, clock, rows):
     """The timeout is the transaction's and not the request's."""
 
     async def app(scope, receive, send):
         for number in range(4):
             db.session.add(Item(id=number))
             await db.session.flush()
-            await asyncio.sleep(0.15)
+            clock.forward(LONG / 2, current_scope())
             await db.release()
         await respond(send)
 
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.4))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
 
     assert 200 == exchange.status
     assert 4 == len(await rows())
@@ -334,7 +334,7 @@ async def test_scope_inside_has_the_requests_timeout(db, drive, rows, label):
 
 @pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
 @pytest.mark.parametrize("label", OWN)
-async def test_scope_inside_shares_the_time_of_the_open_transaction(db, drive, rows, label):
+async def test_scope_inside_shares_the_time_of_the_open_transaction(db, drive, clock, label):
     """It ends with the transaction around it: what began later has no more time than that."""
     errors = []
 
@@ -347,18 +347,19 @@ async def test_scope_inside_shares_the_time_of_the_open_transaction(db, drive, r
                 inner = db.scope
                 await session.execute(sa.text("SELECT 1"))
                 assert outer.watch.deadline == pytest.approx(inner.watch.deadline)
-                assert inner.watch.timeout < 0.4
+                assert inner.watch.timeout < LONG
+                clock.forward(LONG, inner, outer)
                 while inner.state is not State.IDLE:
                     await asyncio.sleep(0.005)
         except TransactionTimeoutError as error:
             errors.append(str(error))
             raise
 
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.4))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
 
     assert 504 == exchange.status
     [message] = errors
-    assert message.startswith(f"The transaction of {label} was rolled back: the timeout of 0.4")
+    assert message.startswith(f"The transaction of {label} was rolled back: the timeout of 300")
     assert "seconds has passed for that of GET /, around it, whose time it shares" in message
 
 
@@ -387,7 +388,7 @@ async def test_answer_waits_until_the_connection_is_back(db, engine, drive):
 
 
 async def test_head_that_waits_for_a_commit_that_the_clock_cuts_short_claims_no_success(
-    db, engine, drive
+    db, engine, drive, clock
 ):
     """G1: the transaction that a child task commits is the response's, too."""
     is_committing = asyncio.Event()
@@ -402,10 +403,11 @@ async def test_head_that_waits_for_a_commit_that_the_clock_cuts_short_claims_no_
         await db.session.flush()
         tasks.append(asyncio.create_task(db.release()))
         await is_committing.wait()
+        asyncio.get_running_loop().call_soon(clock.forward, LONG, current_scope())
         await respond(send)
 
     sa.event.listen(engine.sync_engine, "commit", wait_for_ever)
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
     sa.event.remove(engine.sync_engine, "commit", wait_for_ever)
     [error] = await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -414,21 +416,22 @@ async def test_head_that_waits_for_a_commit_that_the_clock_cuts_short_claims_no_
     assert isinstance(exchange.error, CommitInDoubtError)
 
 
-async def test_scope_inside_with_a_timeout_of_its_own_shares_nothing(db, drive, rows):
+async def test_scope_inside_with_a_timeout_of_its_own_shares_nothing(db, drive, clock, rows):
     """Whoever names a timeout has that: for a job that takes longer than its request may."""
 
     async def app(scope, receive, send):
         outer = current_scope()
         await db.session.execute(sa.text("SELECT 1"))
-        async with db.session_scope(timeout=30) as session:
+        async with db.session_scope(timeout=2 * LONG) as session:
             await session.execute(sa.text("SELECT 1"))
+            clock.forward(LONG, outer, db.scope)
             while outer.state is not State.IDLE:
                 await asyncio.sleep(0.005)
             session.add(Item(id=1))
         async with db.session_scope() as session:  # after the request's time: an error's record
             session.add(Item(id=2))
 
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.4))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
 
     assert (None, None) == (exchange.status, exchange.error)
     assert [1, 2] == await rows()
@@ -448,20 +451,22 @@ async def test_scope_of_its_own_raises_at_its_end(db, rows):
 
 
 @ON_POSTGRES
-async def test_cancellation_of_the_users_own_stays_one(db):
+async def test_cancellation_of_the_users_own_stays_one(db, clock):
     """G10: an operation that somebody else cancels at the same time ends cancelled."""
+    scopes: list[Any] = []
     is_inside = asyncio.Event()
 
     async def work():
-        async with db.session_scope(timeout=0.2) as session:
+        async with db.session_scope(timeout=LONG) as session:
             await session.execute(sa.text("SELECT 1"))
+            scopes.append(db.scope)
             is_inside.set()
             await session.execute(SLOW)
 
     task = asyncio.create_task(work())
     await is_inside.wait()
-    while not task.cancelling():
-        await asyncio.sleep(0)
+    clock.forward(LONG, *scopes)
+    assert 1 == task.cancelling()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -516,11 +521,12 @@ async def test_code_that_never_waits_is_late_too(db, drive, rows):
     assert [] == await rows()
 
 
-async def test_commit_that_a_listener_holds_up_is_in_doubt(db, engine, drive):
+async def test_commit_that_a_listener_holds_up_is_in_doubt(db, engine, drive, clock):
     """G15: time that is up inside COMMIT, where the driver says nothing, leaves it in doubt."""
-    scopes = []
+    scopes: list[Any] = []
 
     def wait_for_ever(connection):
+        asyncio.get_running_loop().call_soon(clock.forward, LONG, *scopes)
         await_only(asyncio.Event().wait())
 
     async def app(scope, receive, send):
@@ -529,7 +535,7 @@ async def test_commit_that_a_listener_holds_up_is_in_doubt(db, engine, drive):
         await respond(send)
 
     sa.event.listen(engine.sync_engine, "commit", wait_for_ever)
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
     sa.event.remove(engine.sync_engine, "commit", wait_for_ever)
 
     assert [] == exchange.messages

@@ -28,7 +28,7 @@ from asgi_dbscope import (
     current_session,
     session_options,
 )
-from tests.fix_asgi import Drive, http_scope
+from tests.fix_asgi import Drive, Exchange, http_scope
 from tests.fix_database import Child, Item, Timeline
 from tests.fix_frameworks import Install, innermost
 from tests.sync_apps import Rows, committed
@@ -481,17 +481,51 @@ async def test_two_connections_serve_two_hundred_def_requests(
     assert list(range(1, 201)) == committed(engine)
 
 
-async def test_without_threads_for_endings_they_would_deadlock(
-    drive: Drive, make_sync_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("shared", [False, True])
+async def test_endings_of_def_endpoints_wait_for_no_thread_of_theirs(
+    drive: Drive, make_sync_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, shared: bool
 ) -> None:
-    """G14: the control: commits in the endpoints' threads wait for those who wait for them."""
-    engine = make_sync_engine("psycopg", pool_size=2, max_overflow=0, pool_timeout=0.5)
+    """G14: all threads are of `def` endpoints that wait for a connection; *shared* is the control:
+    there those who could give theirs back need a thread for it.
+    """
+    timeout = 0.5 if shared else 30
+    engine = make_sync_engine("psycopg", pool_size=2, max_overflow=0, pool_timeout=timeout)
     db = Database(engine)
-    monkeypatch.setattr(db, "limiter", lambda *_: anyio.to_thread.current_default_thread_limiter())
+    loop = asyncio.get_running_loop()
+    threads = anyio.to_thread.current_default_thread_limiter()
+    if shared:
+        monkeypatch.setattr(db, "limiter", lambda *_: threads)
+    monkeypatch.setattr(threads, "total_tokens", 4)
+    holding, waiting = asyncio.Semaphore(0), asyncio.Semaphore(0)
+    go_on = asyncio.Event()
+    app = FastAPI()
 
-    statuses = await rush(drive, DBSessionMiddleware(fastapi_app(db), database=db), 60)
+    @app.post("/hold/{number}", status_code=201)
+    async def hold(number: int) -> None:
+        await run_in_threadpool(write, db, number)
+        holding.release()
+        await go_on.wait()
 
-    assert 503 in statuses
+    @app.post("/{number}", status_code=201)
+    def create(number: int) -> None:
+        loop.call_soon_threadsafe(waiting.release)
+        write(db, number)
+
+    def send(path: str) -> asyncio.Task[Exchange]:
+        served = drive(DBSessionMiddleware(app, database=db), http_scope(path, "POST"))
+        return asyncio.ensure_future(served)
+
+    holders = [send(f"/hold/{number}") for number in range(2)]
+    for _ in holders:
+        await holding.acquire()
+    waiters = [send(f"/{number}") for number in range(2, 6)]
+    for _ in waiters:
+        await waiting.acquire()
+    go_on.set()
+    statuses = [each.status for each in await asyncio.gather(*holders, *waiters)]
+
+    assert [201] * 2 == statuses[:2]
+    assert shared == (503 in statuses[2:])  # QueuePool's TimeoutError
 
 
 @pytest.mark.parametrize(("threads", "releases"), [(50, False), (40, True)])

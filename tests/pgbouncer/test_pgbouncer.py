@@ -336,7 +336,7 @@ async def test_wait_for_a_server_connection_ends_in_time(db, engine, drive, rows
         late = await drive(wrapped, http_scope("/1"))
     for holder in holders:
         await holder.close()
-    served = await drive(wrapped, http_scope("/2"))
+    served = await drive(DBSessionMiddleware(app, database=db), http_scope("/2"))
 
     assert 504 == late.status
     assert 200 == served.status

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parametrize("engine", ["asyncpg"], indirect=True)
 @pytest.fixture
 async def db(proxy):
     """A database that is reached by the proxy, and that isn't waited for without end."""
-    engine = create_async_engine(proxy.url, connect_args={"command_timeout": 0.2})
+    engine = create_async_engine(proxy.url, connect_args={"command_timeout": 1})
     yield Database(engine)
     checked_out = engine.pool.checkedout()  # type: ignore[attr-defined]
     links = set(proxy.links)

@@ -70,7 +70,7 @@ async def test_own_commit_that_is_cancelled_is_in_doubt(make_db, proxy, rows, ca
 @pytest.mark.parametrize("resolve", [True, False])
 async def test_drivers_timeout_is_no_answer(make_db, proxy, rows, resolve):
     """G15: a driver that gave up waiting knows nothing of the COMMIT, which was done."""
-    db = make_db(resolve_in_doubt=resolve, connect_args={"command_timeout": 0.3})
+    db = make_db(resolve_in_doubt=resolve, connect_args={"command_timeout": 1})
 
     outcome, error = await run_job(db, lambda: proxy.arm("swallow", after_commit))
 

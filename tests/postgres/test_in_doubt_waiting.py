@@ -10,13 +10,12 @@ import pytest
 
 from asgi_dbscope import (
     CommitInDoubtError,
-    DBSessionMiddleware,
     Outcome,
     State,
 )
 from bench.proxy import after_commit, before_commit
-from tests.fix_asgi import body, start
 from tests.fix_cancel import SlowCommit
+from tests.fix_clock import LONG
 from tests.fix_database import POSTGRES_DRIVERS, Item
 from tests.fix_in_doubt import ENOUGH, app_of, run_job
 
@@ -122,7 +121,7 @@ async def test_server_that_says_nothing_is_left_at_the_deadline(make_db, proxy, 
 
 
 @contextlib.asynccontextmanager
-async def asking(db, drive, proxy, caplog):
+async def asking(db, drive, proxy, caplog, **options):
     """A request whose COMMIT was done and not answered, while no server can be reached."""
     caplog.set_level(logging.DEBUG, "asgi_dbscope")
     scopes: list[Any] = []
@@ -131,7 +130,7 @@ async def asking(db, drive, proxy, caplog):
         proxy.arm("cut", after_commit)
         proxy.is_down = True
 
-    request = asyncio.create_task(drive(app_of(db, scopes, go_down)))
+    request = asyncio.create_task(drive(app_of(db, scopes, go_down, **options)))
     await asked_times(caplog, 1)
     yield request, scopes[0]
     assert State.CLOSED is scopes[0].state
@@ -152,12 +151,15 @@ async def test_cancelled_while_asking_it_still_finds_out(make_db, proxy, drive, 
     assert [1] == await rows()
 
 
-async def test_cancelled_while_asking_it_ends_at_its_deadline(make_db, proxy, drive, rows, caplog):
+async def test_cancelled_while_asking_it_ends_at_its_deadline(
+    make_db, proxy, drive, clock, rows, caplog
+):
     """G15, G10: with no server to ask, a cancelled request ends in doubt, and ends."""
-    async with asking(make_db(cleanup_timeout=0.3), drive, proxy, caplog) as (request, scope):
+    async with asking(make_db(cleanup_timeout=LONG), drive, proxy, caplog) as (request, scope):
         for _ in range(3):
             request.cancel()
             await asyncio.sleep(0)
+        clock.forward(LONG)
         exchange = await request
 
     assert [] == exchange.messages
@@ -200,20 +202,16 @@ async def test_cancelled_at_any_time_it_is_resolved_rightly(make_db, proxy, rows
     assert 5 <= number
 
 
-async def test_time_of_the_transaction_does_not_end_the_asking(make_db, proxy, drive, rows):
+async def test_time_of_the_transaction_does_not_end_the_asking(
+    make_db, proxy, drive, clock, rows, caplog
+):
     """G10, G15: `timeout` ends with COMMIT; the server is asked as long as a clean-up may last."""
-    db = make_db(resolve_in_doubt=True, cleanup_timeout=ENOUGH)
-
-    async def app(scope, receive, send):
-        db.session.add(Item(id=1))
-        await db.session.flush()
-        proxy.arm("cut", after_commit)
-        proxy.is_down = True
-        asyncio.get_running_loop().call_later(1.0, lambda: setattr(proxy, "is_down", False))
-        await send(start(201))
-        await send(body(b"ok"))
-
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.5))
+    db = make_db(cleanup_timeout=2 * LONG)
+    async with asking(db, drive, proxy, caplog, timeout=LONG) as (request, scope):
+        clock.forward(LONG, scope)
+        await asked_times(caplog, 3)
+        proxy.is_down = False
+        exchange = await request
 
     assert (201, None) == (exchange.status, exchange.error)
     assert [1] == await rows()

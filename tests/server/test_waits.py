@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from asgi_dbscope import Database, DBSessionMiddleware
 from tests.fix_asgi import body, start
 from tests.fix_database import Item
-from tests.fix_server import PATIENCE, connect
+from tests.fix_server import PATIENCE, Observed, connect
 
 HEADERS = [(b"content-length", b"2")]
 
@@ -29,6 +29,7 @@ class App:
         path = scope["path"]
         self.asked.append(path)
         if path == "/sleep":
+            self.db.scope.configure(timeout=0.2)
             await self.db.session.execute(sa.text("SELECT pg_sleep(30)"))
         self.db.session.add(Item(id=int("0" + path[1:]) if path[1:].isdigit() else 99))
         await self.db.session.flush()
@@ -69,7 +70,7 @@ async def test_exhausted_pool_is_a_503_and_the_connection_lives(make_engine, uvi
 async def test_transaction_out_of_time_is_a_504_and_the_connection_lives(db, uvicorn, rows):
     """A statement that takes too long ends in time; the next request is served."""
     app = App(db)
-    timed = DBSessionMiddleware(app, database=db, timeout=0.2)
+    timed = DBSessionMiddleware(app, database=db, timeout=PATIENCE)
     async with uvicorn(timed) as port, connect(port) as client:
         assert (504, b"Gateway Timeout") == await client.request("POST", "/sleep")
         assert (200, b"ok") == await client.request("POST", "/1")
@@ -80,7 +81,8 @@ async def test_client_that_leaves_leaves_the_queue(engine, db, uvicorn, rows):
     """G14: its request, whose body nobody has read, doesn't run when its turn comes."""
     app = App(db)
     admitted = DBSessionMiddleware(app, database=db, max_concurrent=1, waiting_timeout=PATIENCE)
-    async with uvicorn(admitted) as port, connect(port) as holder, connect(port) as last:
+    observed = Observed(admitted)
+    async with uvicorn(observed) as port, connect(port) as holder, connect(port) as last:
         holder.send("POST", "/hold")
         await app.is_held.wait()
         async with connect(port) as leaving:
@@ -88,7 +90,7 @@ async def test_client_that_leaves_leaves_the_queue(engine, db, uvicorn, rows):
             await until(lambda: "/1" in app.asked)
         last.send("POST", "/2")
         await until(lambda: "/2" in app.asked)
-        await asyncio.sleep(0.1)
+        await observed.wait_for_end_of("/1")
         app.may_go.set()
         assert 200 == (await holder.head())[0]
         assert 200 == (await last.head())[0]
