@@ -45,15 +45,15 @@ def end_transaction(
     timeout = scope.database.cleanup_timeout
     use.begin_ending(ending)
     try:
-        if not session.in_transaction():
-            _check_ended(scope, use, ending)
-            return
-        if ending is Ending.ABANDON:
+        if use.is_busy and ending is not Ending.ABANDON and not use.wait_until_free(timeout):
+            is_open = session.in_transaction()  # or was ended by whoever is still inside
             _throw_away(scope, session, use)
-        elif use.is_busy and not use.wait_until_free(timeout):
-            _throw_away(scope, session, use)
-            if ending is Ending.COMMIT and not use.is_torn:
+            if is_open and ending is Ending.COMMIT and not use.is_torn:
                 raise ConcurrentSessionUseError(use.busy_message(timeout))
+        elif not session.in_transaction():
+            _check_ended(scope, use, ending)
+        elif ending is Ending.ABANDON:
+            _throw_away(scope, session, use)
         elif savepoint is not None:
             _end_savepoint(scope, savepoint, ending)
         elif ending is Ending.COMMIT and not use.is_torn:

@@ -260,7 +260,7 @@ class ResponseGate:
         if self._failure is not None or self.late_scopes:
             return False
         for scope in self.scopes:
-            if scope.agenda is not None or not scope.is_settled():
+            if scope.agenda is not None or scope.database.is_sync or not scope.is_settled():
                 return False
         self.is_over = True  # a scope that a child task asks for now would never be closed
         for scope in self.scopes:
@@ -465,10 +465,13 @@ class ResponseGate:
 
     async def _close(self, cause: Cause) -> asyncio.CancelledError | None:
         """Close every scope, and return a cancellation that arrived meanwhile."""
-        self.is_over = True  # a scope that a child task asks for now would never be closed
+        with _creation:  # a thread may be making a scope
+            self.is_over = True  # what is asked for now would never be closed
         cancellation: asyncio.CancelledError | None = None
         for scope in self.scopes:
-            if scope.is_settled() and scope.agenda is None:
+            if scope.is_over:
+                continue  # an error of another one has brought us here
+            if scope.shut() and scope.agenda is None:
                 scope.close_settled()
                 continue
             try:

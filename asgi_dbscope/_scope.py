@@ -612,8 +612,8 @@ class SessionScope(Lifecycle, Generic[S]):
             return True
         if session.in_transaction() or use.has_lost:
             return False
-        # An ending of somebody else's is over when the connection is back, too.
-        return use.ender is None or not use.is_ended_by_another
+        # What somebody else ends is over when the connection is back, too.
+        return (use.ender is None and use.user is None) or not use.is_held_by_another
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*.
@@ -730,7 +730,8 @@ class SessionScope(Lifecycle, Generic[S]):
             self._tell_of_loss(use, ending)
         if use.is_abandoned:
             return False  # whoever still has the connection throws it away
-        return session.in_transaction() or use.is_ended_by_another
+        # Asked again: a thread may have begun meanwhile, and left.
+        return session.in_transaction() or use.is_held_by_another or session.in_transaction()
 
     def in_use(self) -> tuple[Session, SessionUse]:
         """The session, and who is in it."""
@@ -765,6 +766,16 @@ class SessionScope(Lifecycle, Generic[S]):
                 return
             redeliver(await self.settle(Ending.ROLLBACK))
 
+    def shut(self) -> bool:
+        """Let no operation begin any more; whether there is nothing to end, nor anybody inside."""
+        self.is_closing = True
+        if self.database.is_sync:
+            with _creation:  # a thread that hasn't seen it makes the session still
+                use = self.use
+            if isinstance(use, ThreadUse) and not use.is_left():
+                return False
+        return self.is_settled()
+
     async def close(
         self, ending: Ending, *, is_failing: bool = False
     ) -> asyncio.CancelledError | None:
@@ -778,7 +789,7 @@ class SessionScope(Lifecycle, Generic[S]):
         Returns:
             A cancellation that arrived meanwhile, which the caller has to pass on.
         """
-        self.is_closing = True
+        self.shut()
         try:
             cancellation = await self.settle(ending, is_failing=is_failing)
         finally:
@@ -789,7 +800,7 @@ class SessionScope(Lifecycle, Generic[S]):
 
     def close_here(self, ending: Ending, *, is_failing: bool = False) -> None:
         """:meth:`close` of a synchronous session, in this thread."""
-        self.is_closing = True
+        self.shut()
         try:
             self.settle_here(ending, is_failing=is_failing)
         finally:

@@ -50,8 +50,10 @@ class TaskUse(SessionUse):
             self._turns = asyncio.Lock()
 
     @property
-    def is_ended_by_another(self) -> bool:
-        return self.ender is not None and _ending.get() is not self
+    def is_held_by_another(self) -> bool:
+        if self.ender is not None and _ending.get() is not self:
+            return True
+        return self.user is not None and self.user is not asyncio.current_task()
 
     def run(self, function: Callable[..., None], *arguments: Any) -> Coroutine[Any, Any, None]:
         """Run *function* in a greenlet, where SQLAlchemy's synchronous API awaits."""

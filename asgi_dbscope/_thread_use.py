@@ -50,8 +50,8 @@ class ThreadUse(SessionUse):
         self._loop = _loop_around(scope)
 
     @property
-    def is_ended_by_another(self) -> bool:
-        return self.ender not in {None, threading.current_thread()}
+    def is_held_by_another(self) -> bool:
+        return not {self.ender, self.user} <= {None, threading.current_thread()}
 
     async def run(self, function: Callable[..., None], *arguments: Any) -> None:
         """Run *function* in a worker thread that no endpoint can occupy.
@@ -117,6 +117,11 @@ class ThreadUse(SessionUse):
                 self.scope.expect_second_connection()
             self.user = thread
         return thread
+
+    def is_left(self) -> bool:
+        """Whether nobody is inside; while the scope is closing that remains so."""
+        with self._changed:  # a thread may be about to enter
+            return self.is_free
 
     def enter_quietly(self) -> threading.Thread | None:
         with self._changed:

@@ -105,8 +105,8 @@ class SessionUse(ABC):
 
     @property
     @abstractmethod
-    def is_ended_by_another(self) -> bool:
-        """Whether somebody ends the transaction now, and it isn't this very code.
+    def is_held_by_another(self) -> bool:
+        """Whether somebody is inside or ends the transaction now, and it isn't this very code.
 
         What runs inside of an ending (a ``commit()`` of the user's own class, a listener) would
         wait for itself.

@@ -133,3 +133,65 @@ async def test_time_that_is_up_in_a_commit_under_way_claims_no_rollback(
     assert [] == exchange.messages
     assert isinstance(exchange.error, CommitInDoubtError)
     assert exchange.status is None
+
+
+async def in_a_block(session):
+    """A block of SQLAlchemy's, which commits at its end."""
+    async with session.begin():
+        await session.execute(sa.select(1))
+
+
+ENDS = {
+    "commit": lambda session: session.commit(),
+    "rollback": lambda session: session.rollback(),
+    "reset": lambda session: session.reset(),
+    "close": lambda session: session.close(),
+    "begin": in_a_block,
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+async def test_head_waits_until_the_connection_of_a_childs_own_ending_is_back(
+    db, engine, drive, end
+):
+    """G6: the transaction is over by then, but its connection is still on its way to the pool."""
+    hold = Hold(engine, "checkin")
+    tasks, checked_out = [], []
+
+    async def app(scope, receive, send):
+        if end != "begin":
+            await db.session.execute(sa.select(1))
+        tasks.append(asyncio.create_task(ENDS[end](db.session)))
+        await hold.reached.wait()
+        asyncio.get_running_loop().call_soon(hold.let_go.set)
+        await respond(send)
+
+    async def on_send(message):
+        checked_out.append(engine.pool.checkedout())
+
+    exchange = await drive(DBSessionMiddleware(app, database=db), on_send=on_send)
+    await settled(tasks)
+
+    assert exchange.error is None
+    assert [0, 0] == checked_out
+
+
+async def test_connection_of_a_childs_own_ending_is_waited_for_no_longer_than_its_deadline(
+    engine, drive
+):
+    """G22: after `cleanup_timeout` seconds the connection is thrown away, and the head goes out."""
+    db = Database(engine, cleanup_timeout=0.05)
+    hold = Hold(engine, "checkin")
+    tasks = []
+
+    async def app(scope, receive, send):
+        await db.session.execute(sa.select(1))
+        tasks.append(asyncio.create_task(db.session.rollback()))
+        await hold.reached.wait()
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    hold.let_go.set()
+    await settled(tasks)
+
+    assert (200, None) == (exchange.status, exchange.error)

@@ -7,7 +7,8 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
 
-from asgi_dbscope import Database, SessionScopeClosedError
+from asgi_dbscope import Database, DBSessionMiddleware, SessionScopeClosedError, State
+from tests.fix_asgi import respond
 from tests.fix_database import Item
 
 
@@ -21,6 +22,14 @@ class OwnSession(Session):
     def discard(self, instance: object) -> None:
         """A verb of its own."""
         self.expunge(instance)
+
+
+class UnclosableSession(Session):
+    """A session whose `close()` fails."""
+
+    def close(self) -> None:
+        super().close()
+        raise ZeroDivisionError
 
 
 async def test_object_that_outlives_the_scope_is_detached(db):
@@ -63,3 +72,21 @@ async def test_verbs_of_a_users_own_session_class_stay_its_own(engine):
         own.discard(item)
 
     assert sa.inspect(item).transient
+
+
+async def test_close_that_fails_keeps_no_other_scope_open(engine, drive):
+    """G9: every scope of a request ends once, and what was raised surfaces as it is."""
+    factory = async_sessionmaker(engine, sync_session_class=UnclosableSession)
+    databases = [Database(factory, name="first"), Database(factory, name="second")]
+    scopes = []
+
+    async def app(scope, receive, send):
+        for each in databases:
+            await each.session.scalar(sa.select(1))
+            scopes.append(each.scope)
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, databases=databases))
+
+    assert ZeroDivisionError is type(exchange.error)
+    assert [State.CLOSED, State.CLOSED] == [each.state for each in scopes]
