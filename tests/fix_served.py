@@ -21,6 +21,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.fix_database import Base, Item
+from tests.fix_server import reserved_port
 from tests.server.channel import VARIABLE
 from tests.server.servers import SERVERS, Server
 
@@ -392,14 +393,10 @@ def serve(
     @contextlib.contextmanager
     def serve(server: Server, *options: str) -> Iterator[Served]:
         directory = tmp_path_factory.mktemp(server.name)
-        with socket.socket(socket.AF_UNIX) as listener, socket.socket() as place:
+        with socket.socket(socket.AF_UNIX) as listener, reserved_port() as port:
             listener.bind(str(directory / "channel"))
             listener.listen()
             listener.settimeout(PATIENCE)
-            # Bound until the server has ended, so that nobody else is given the port meanwhile.
-            place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            place.bind(("127.0.0.1", 0))
-            port = place.getsockname()[1]
             process = starter.ask(
                 module=server.module,
                 arguments=[each.format(port=port) for each in (*server.arguments, *options)],

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,41 +212,49 @@ async def serve_hypercorn(app: Any, **options: Any) -> AsyncIterator[int]:
                 await serving
 
 
+@contextlib.contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that nobody else is given meanwhile, but who reuses its address, as servers do."""
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        place.bind(("127.0.0.1", 0))
+        yield place.getsockname()[1]
+
+
 @contextlib.asynccontextmanager
 async def serve_process(command: list[str], **environment: str) -> AsyncIterator[int]:
     """Serve by a Python module; `{port}` in *command* stands for the port; leaves by SIGTERM."""
-    with _listen() as listener:
-        port = listener.getsockname()[1]
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        *(part.format(port=port) for part in command),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        start_new_session=True,
-    )
-    assert process.stderr is not None
-    told = asyncio.create_task(process.stderr.read())
-    try:
-        async with asyncio.timeout(PATIENCE):
-            while not await _answers(port):
-                if process.returncode is not None:
-                    raise RuntimeError(f"{command[0]} did not start: {(await told).decode()}")
-                await asyncio.sleep(0.05)
-        yield port
-    finally:
-        if process.returncode is None:
-            process.terminate()
+    with reserved_port() as port:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            *(part.format(port=port) for part in command),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stderr is not None
+        told = asyncio.create_task(process.stderr.read())
         try:
             async with asyncio.timeout(PATIENCE):
-                await process.wait()
+                while not await _answers(port):
+                    if process.returncode is not None:
+                        raise RuntimeError(f"{command[0]} did not start: {(await told).decode()}")
+                    await asyncio.sleep(0.05)
+            yield port
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its workers, too
-            await process.wait()
-            await told
+            if process.returncode is None:
+                process.terminate()
+            try:
+                async with asyncio.timeout(PATIENCE):
+                    await process.wait()
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+                await process.wait()
+                await told
 
 
 async def _answers(port: int) -> bool:

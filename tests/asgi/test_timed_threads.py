@@ -17,6 +17,7 @@ from asgi_dbscope import (
     TransactionTimeoutError,
     _dialects,
 )
+from tests.fix_clock import LONG
 from tests.fix_database import Item
 from tests.fix_sync import SYNC_DRIVERS
 from tests.sync_apps import endpoint
@@ -101,7 +102,7 @@ def test_transaction_is_over_also_where_nobody_uses_it(engine, option, kind):
         session.add(Item(id=1))
         session.flush()
         wait_for(lambda: db.scope.state is State.IDLE)
-        assert 0 == engine.pool.checkedout()
+        wait_for(lambda: not engine.pool.checkedout())
         with pytest.raises(kind):
             session.execute(sa.text("SELECT 1"))
 
@@ -109,7 +110,7 @@ def test_transaction_is_over_also_where_nobody_uses_it(engine, option, kind):
         assert [] == connection.scalars(sa.select(Item.id)).all()
 
 
-async def test_scope_inside_shares_the_requests_time(engine, drive):
+async def test_scope_inside_shares_the_requests_time(engine, drive, clock):
     """A block with a session of its own ends with the transaction of the request around it."""
     db = Database(engine)
     errors = []
@@ -120,12 +121,13 @@ async def test_scope_inside_shares_the_requests_time(engine, drive):
             with db.transactional("REQUIRES_NEW") as session:
                 inner = db.scope
                 session.execute(sa.text("SELECT 1"))
+                threading.Thread(target=clock.forward, args=(LONG, inner)).start()
                 wait_for(lambda: inner.state is State.IDLE)
         except TransactionTimeoutError as error:
             errors.append(str(error))
             raise
 
-    exchange = await drive(DBSessionMiddleware(endpoint(work), database=db, timeout=0.4))
+    exchange = await drive(DBSessionMiddleware(endpoint(work), database=db, timeout=LONG))
 
     assert 504 == exchange.status
     [message] = errors
