@@ -19,7 +19,7 @@ from asgi_dbscope._current import (
     reset_innermost,
     set_innermost,
 )
-from asgi_dbscope._dialects import find_conflict
+from asgi_dbscope._driver_errors import find_conflict
 from asgi_dbscope._retry import Attempt, log_fence, log_loss
 from asgi_dbscope.errors import ConfigurationError
 

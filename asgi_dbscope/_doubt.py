@@ -11,7 +11,7 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from asgi_dbscope._dialects import mark_lost_commit
+from asgi_dbscope._driver_errors import mark_lost_commit
 from asgi_dbscope._lifecycle import Event, State
 from asgi_dbscope._transaction_status import TransactionStatus, find_status
 from asgi_dbscope.errors import CommitInDoubtError

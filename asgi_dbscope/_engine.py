@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary, WeakSet
 from sqlalchemy import event
 from sqlalchemy.engine.base import OptionEngine
 
-from asgi_dbscope import _dialects
+from asgi_dbscope import _dialects, _driver_errors
 from asgi_dbscope._doubt import miss_answer
 from asgi_dbscope._lifecycle import State
 from asgi_dbscope._reads import REMEDY
@@ -277,10 +277,10 @@ def refuse_if_aborted(connection: Connection) -> None:
         _refuse_after(error, connection, watched.scopes[-1])
         watched.error = None
         return
-    if error is None and not (watched.is_handed_out and _dialects.can_ask(connection)):
+    if error is None and not (watched.is_handed_out and _driver_errors.can_ask(connection)):
         return
     try:
-        is_aborted = connection.invalidated or _dialects.is_aborted(connection, error)
+        is_aborted = connection.invalidated or _driver_errors.is_aborted(connection, error)
     except Exception as refusal:  # noqa: BLE001 - whatever it is, it can't be committed
         is_aborted, error = True, error or refusal
     if not is_aborted:
@@ -299,7 +299,7 @@ def refuse_if_aborted(connection: Connection) -> None:
 
 def _refuse_after(error: BaseException, connection: Connection, scope: SessionScope[Any]) -> None:
     """Raise where *error* was swallowed without a transaction, and is one to be told of."""
-    if _dialects.is_write_refused(error):
+    if _driver_errors.is_write_refused(error):
         raise ReadOnlyError(
             f"{scope!r} is read-only; the server refused a write (this error's __cause__), and the "
             f"code caught that and went on. {REMEDY}"
@@ -330,19 +330,19 @@ def _on_error(context: ExceptionContext) -> BaseException | None:
     scope = watched.scopes[-1]
     error = context.original_exception
     scope.note_error(context.sqlalchemy_exception or error)
-    if scope.state is State.COMMITTING and _dialects.is_unanswered(context):
+    if scope.state is State.COMMITTING and _driver_errors.is_unanswered(context):
         if not context.is_disconnect:  # the driver doesn't know that its connection is of no use
             context.is_disconnect = True
             context.invalidate_pool_on_disconnect = False
         miss_answer(scope)
     elif context.is_disconnect:
         watched.error = error
-        if _dialects.outlives_cancellation(connection, error):
+        if _driver_errors.outlives_cancellation(connection, error):
             context.is_disconnect = False
-    elif scope.shape.reads_at_once and _dialects.is_write_refused(error):
+    elif scope.shape.reads_at_once and _driver_errors.is_write_refused(error):
         watched.error = error
-    elif _dialects.may_abort(connection, error):
-        if not _dialects.is_sure(watched.error):
+    elif _driver_errors.may_abort(connection, error):
+        if not _driver_errors.is_sure(watched.error):
             watched.error = error
         if scope.state is State.COMMITTING:  # past the session's check: a listener of the user's
             guard_commit(connection)

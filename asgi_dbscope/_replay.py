@@ -23,7 +23,7 @@ from asgi_dbscope._current import (
     reset_innermost,
     set_innermost,
 )
-from asgi_dbscope._dialects import find_conflict
+from asgi_dbscope._driver_errors import find_conflict
 from asgi_dbscope._gate import Phase, ResponseGate
 from asgi_dbscope._inside import find_base_http_middleware
 from asgi_dbscope._messages import type_of

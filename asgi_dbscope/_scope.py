@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from asgi_dbscope import _dialects
+from asgi_dbscope import _dialects, _driver_errors
 from asgi_dbscope._agenda import Agenda
 from asgi_dbscope._answers import find_answer
 from asgi_dbscope._completion import redeliver, run_to_completion
@@ -558,7 +558,7 @@ class SessionScope(Lifecycle, Generic[S]):
         """The database reports *error*: maybe the open transaction has lost to another one."""
         if self.current_attempt is None or self.is_over:
             return
-        if _dialects.find_conflict(error) is not None:
+        if _driver_errors.find_conflict(error) is not None:
             self._agenda().add_conflict(error, self.savepoint)
 
     def _fence_after(self, event: Event) -> None:

@@ -1,54 +1,36 @@
-"""What a session tells us: a session class that reports its use, and what became of it.
+"""What a session tells us: a session class that reports its use.
 
-Everything here reports facts to the session's use and scope; it decides nothing. The listeners are
-registered once per session class, not per request.
+It reports facts to the session's use and scope, and decides nothing. What became of its
+transactions is told by :mod:`._session_events`.
 """
 
 from __future__ import annotations
 
 import warnings
-from asyncio import CancelledError
 from functools import wraps
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Engine, TextClause, event
+from sqlalchemy import Engine, TextClause
 from sqlalchemy.exc import SAWarning
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
-from sqlalchemy.util import await_only
+from sqlalchemy.orm import Session, SessionTransaction
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._checkout import is_exhausted, note_pool, pool_note
+from asgi_dbscope._beginning import leave_autocommit, shaped_bind
 from asgi_dbscope._connection import REPORTED, check_time, is_read, real_error, report_use
-from asgi_dbscope._doubt import lose_answer, settle_doubt
-from asgi_dbscope._engine import guard_commit, refuse_if_aborted, unwatch, was_handed_out
+from asgi_dbscope._doubt import settle_doubt
+from asgi_dbscope._engine import guard_commit
+from asgi_dbscope._error_notes import explain
 from asgi_dbscope._fences import fence_connection, fence_write
-from asgi_dbscope._lifecycle import OPEN, Event, Outcome
-from asgi_dbscope._reads import (
-    REMEDY,
-    check_held,
-    check_statement,
-    check_untouched,
-    options_on,
-    refuse_write,
-)
+from asgi_dbscope._lifecycle import Outcome
+from asgi_dbscope._reads import check_statement, refuse_write
 from asgi_dbscope._retry import Attempt
-from asgi_dbscope._transaction_status import find_transaction
-from asgi_dbscope._watch import SLACK, watch_transaction
-from asgi_dbscope.errors import (
-    ConcurrentSessionUseError,
-    ConfigurationError,
-    OverloadedError,
-    PoolExhaustedError,
-)
+from asgi_dbscope._session_events import listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy import Connection
 
-    from asgi_dbscope._scope import SessionScope
     from asgi_dbscope._use import SessionUse
 
 STATEMENTS = ("execute", "scalar", "scalars")
@@ -87,12 +69,7 @@ def reporting_session_class(base: type[Session]) -> type[Session]:
     for name in REGISTRATIONS:
         namespace[name] = _checked(getattr(base, name))
     cls = type(base.__name__, (base,), namespace)
-    event.listen(cls, "after_begin", _after_begin)
-    event.listen(cls, "after_flush", _after_flush)
-    event.listen(cls, "before_commit", _before_commit)
-    event.listen(cls, "after_commit", _after_commit)
-    event.listen(cls, "after_soft_rollback", _after_soft_rollback)
-    event.listen(cls, "after_transaction_end", _after_transaction_end)
+    listen(cls)
     _reporting_classes[base] = cls
     return cls
 
@@ -107,7 +84,7 @@ def _shaping(get_bind: Callable[..., Any]) -> Callable[..., Any]:
         use = self.use
         if use is None or use.scope.shape.shapes_nothing:
             return bind
-        return _shaped_bind(use.scope, self, bind)
+        return shaped_bind(use.scope, self, bind)
 
     return shaping
 
@@ -118,7 +95,7 @@ def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
         use = self.use
         if use is not None:
             if use.scope.shape.is_autocommit:
-                _leave_autocommit(self, nested=nested)
+                leave_autocommit(self, nested=nested)
             if nested:
                 for connection in use.connections:
                     _dialects.begin(connection)
@@ -297,7 +274,7 @@ def _reporting(
         except REPORTED as error:
             check_time(use, error)
             if explains:
-                _explain(use, error)
+                explain(use, error)
             raise
         finally:
             use.leave(user, self)
@@ -324,7 +301,7 @@ def _reporting_statement(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, statement, *args, **kwargs)
         except REPORTED as error:
             check_time(use, error)
-            _explain(use, error)
+            explain(use, error)
             raise
         finally:
             use.leave(user, self)
@@ -358,254 +335,3 @@ def _checked(method: Callable[..., Any]) -> Callable[..., Any]:
             use.leave(user, self)
 
     return checked
-
-
-_NO_PLACE = (PoolTimeoutError, PoolExhaustedError)
-
-
-def _explain(use: SessionUse, error: BaseException) -> None:
-    """Tell whoever reads *error* that it is the connection that failed, where it is."""
-    scope = use.scope
-    if isinstance(error, CancelledError):
-        return
-    scope.meet(error)
-    if scope.shaped_by is not None and scope.shape.read_only:
-        error.add_note(
-            f"asgi_dbscope: the transaction of {scope.label} was begun read-only by "
-            f"{scope.shaped_by}, which joined it first."
-        )
-    if scope.shape.uses_reads and _dialects.is_write_refused(error):
-        error.add_note(f"asgi_dbscope: {scope.label} is read-only (Database(reads=...)). {REMEDY}")
-    notes = [each for each in getattr(error, "__notes__", ()) if each != pool_note(error)]
-    if scope.state not in OPEN and not notes:
-        error.add_note(
-            f"asgi_dbscope: {scope.label} got no connection to the database {scope.database.name!r}"
-            "; no transaction was begun."
-        )
-        source = scope.database.source_of(scope.shape)
-        bind = source.engine
-        if isinstance(error, PoolTimeoutError) and isinstance(bind, Engine) and is_exhausted(bind):
-            note_pool(bind, error)
-        if scope.database.is_sync and isinstance(error, _NO_PLACE):
-            error.add_note(
-                "asgi_dbscope: requests that hold a connection may wait for a worker thread, and "
-                "the threads for connections: give the framework's thread limiter more places than "
-                "requests run at once, or let one `def` function use the session per request."
-            )
-        if scope.holder is not None:
-            error.add_note(source.second_connections.explain(scope))
-
-
-def _shaped_bind(
-    scope: SessionScope[Any], session: Session, bind: Engine | Connection
-) -> Engine | Connection:
-    """The variant of *bind* that begins transactions as the scope's options say."""
-    shape = scope.shape
-    if shape.is_admitted and scope.state not in OPEN:
-        _ask_for_admission(scope)
-    mode = shape.mode
-    if shape.is_autocommit:
-        mode = "autocommit"
-        transaction = session.get_transaction()
-        if transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN:
-            mode = "transaction"  # the user's own `async with session.begin()`: a real one
-    execution_options = _dialects.begin_options(
-        bind.dialect.name,
-        mode=mode,
-        isolation_level=shape.isolation_level,
-        read_only=shape.read_only,
-    )
-    if shape.uses_reads:
-        bind = scope.database.engine_for_reads(bind)
-        execution_options = options_on(bind, execution_options)
-    if not isinstance(bind, Engine):
-        if not execution_options:
-            return bind
-        msg = (
-            f"{scope!r} asks for {execution_options}, but its session is bound to a connection "
-            "that somebody else has begun a transaction on. Bind the session to an engine."
-        )
-        raise ConfigurationError(msg)
-    if not execution_options and shape.checkout_timeout is None:
-        return bind
-    return scope.database.shaped_engine(bind, execution_options)
-
-
-def _ask_for_admission(scope: SessionScope[Any]) -> None:
-    """Let the request wait for its turn, if it has had none; a connection is taken after that."""
-    request, use = scope.admitted_request, scope.use
-    if request is None or use is None or use.is_free:
-        return  # nobody has to ask, or somebody only wants to know the engine
-    try:
-        await_only(request.enter(scope))
-    except OverloadedError as error:
-        scope.meet(error)
-        raise
-
-
-def _leave_autocommit(session: Session, *, nested: bool) -> None:
-    """Make room for a real transaction: what autobegan is nobody's transaction."""
-    transaction = session.get_transaction()
-    is_real = transaction is not None and transaction.origin is SessionTransactionOrigin.BEGIN
-    if nested and not is_real:
-        with_ = session.use.scope.database.with_  # type: ignore[attr-defined]
-        msg = (
-            "begin_nested() needs a transaction to set a savepoint in, and here is none: the mode "
-            "is 'autocommit', or the scope reads in one round trip. "
-            f"Begin one first: `{with_} session.begin(): ...`, or a transactional block."
-        )
-        raise ConfigurationError(msg)
-    if transaction is not None and not is_real:
-        session.commit()
-
-
-def _after_begin(session: Any, transaction: SessionTransaction, connection: Connection) -> None:
-    use: SessionUse | None = session.use
-    if use is None or transaction.parent is not None:
-        return
-    scope = use.scope
-    scope.check_open()
-    use.connections.append(connection)
-    scope.database.watch(connection, scope)
-    scope.advance(Event.BEGUN)
-    shape = scope.shape
-    if scope.holder is not None:
-        scope.got_second_connection()
-    if shape.is_timed:
-        scope.begun_at = monotonic()
-        watch_transaction(scope, use)
-    if use.is_committing:  # the first change was made by a listener of the user's
-        scope.note_commit()
-    if shape.shapes_nothing:
-        scope.database.check_transactional(connection)
-    else:
-        _shape_begun(scope, connection)
-    if shape.is_timed or scope.deadline is not None:
-        _limit(scope, connection)
-    if scope.database.label_transactions == "application_name" and not shape.reads_at_once:
-        _dialects.label_transaction(connection, scope.block_label or scope.label)
-    if session.in_nested_transaction():
-        _dialects.begin(connection)
-
-
-def _shape_begun(scope: SessionScope[Any], connection: Connection) -> None:
-    shape = scope.shape
-    if not (shape.is_autocommit or shape.uses_reads):
-        scope.database.check_transactional(connection)
-    if not shape.is_autocommit:
-        _dialects.shape_transaction(
-            connection, isolation_level=shape.isolation_level, read_only=shape.read_only
-        )
-    elif shape.reads_at_once and _dialects.is_autocommit(connection):
-        check_held(scope, connection)
-
-
-def _limit(scope: SessionScope[Any], connection: Connection) -> None:
-    """Tell the server how long it may take; and let our clock see what is done past the session."""
-    watch = scope.watch
-    if scope.deadline is not None:
-        slack = 0.0 if scope.database.is_sync else SLACK  # a thread has no clock of its own here
-        _dialects.limit_transaction(connection, scope.deadline - monotonic(), slack=slack)
-    elif (
-        watch is not None
-        and watch.timeout is not None
-        and not (watch.is_over or scope.shape.is_autocommit)
-    ):
-        _dialects.limit_transaction(connection, watch.timeout, slack=SLACK)
-    if watch is not None:
-        report_use(connection)
-
-
-def _after_flush(session: Any, context: Any) -> None:
-    use: SessionUse | None = session.use
-    if use is None:
-        return
-    use.has_written = True
-    if Attempt.were_made:
-        fence_write(use.scope)
-    if use.has_several_users:
-        # What another task changed while this one was flushing is forgotten when the flush ends.
-        changed = session.identity_map._modified  # noqa: SLF001 - session.dirty has those it flushed
-        lost = [each for each in changed if each not in context.states]
-        if lost:
-            raise ConcurrentSessionUseError(use.overwritten_message([each.obj() for each in lost]))
-
-
-def _before_commit(session: Any) -> None:
-    """Refuse the COMMIT that would be a lie; the last moment before it is sent."""
-    use: SessionUse | None = session.use
-    if use is None:
-        return
-    if session.in_nested_transaction():
-        for connection in use.connections:
-            refuse_if_aborted(connection)  # a RELEASE that is refused could not be rolled back to
-        return
-    session.flush()  # what goes wrong here goes wrong before COMMIT
-    use.is_committing = True
-    if not use.connections:
-        use.scope.check_can_commit()
-        return
-    for connection in use.connections:
-        refuse_if_aborted(connection)
-    if use.scope.shape.reads_at_once:
-        check_untouched(use.scope, use.connections)
-    if use.scope.database.resolve_in_doubt:
-        _note_transaction(session, use)
-    use.scope.note_commit()
-
-
-def _note_transaction(session: Session, use: SessionUse) -> None:
-    """Ask for the transaction's number, in case that its COMMIT gets no answer.
-
-    A round trip, so only where something was written; and only where one transaction is one COMMIT.
-    """
-    connection, *others = use.connections
-    has_written = use.has_written or was_handed_out(connection)
-    is_one = not (others or session.twophase or _dialects.is_autocommit(connection))
-    is_worth_it = has_written and is_one
-    use.scope.transaction = find_transaction(connection) if is_worth_it else None
-
-
-def _after_commit(session: Any) -> None:
-    use: SessionUse | None = session.use
-    if use is None or session.in_nested_transaction():
-        return
-    if use.connections:
-        use.scope.advance(Event.COMMITTED)
-        if use.scope.watch is not None:
-            use.scope.watch.note_commit()
-    else:
-        use.scope.note_end(Outcome.COMMITTED)
-
-
-def _after_soft_rollback(session: Any, previous_transaction: SessionTransaction) -> None:
-    use: SessionUse | None = session.use
-    if use is None or use.scope.agenda is None:
-        return
-    if previous_transaction.parent is None:
-        use.scope.note_end(Outcome.ROLLED_BACK)
-        return
-    boundary = previous_transaction  # a flush that failed: the savepoint around it is gone
-    while not boundary.nested and boundary.parent is not None:
-        boundary = boundary.parent
-    if boundary.nested:
-        use.scope.agenda.roll_back_to(boundary)
-
-
-def _after_transaction_end(session: Any, transaction: SessionTransaction) -> None:
-    use: SessionUse | None = session.use
-    if use is None or transaction.parent is not None:
-        return
-    use.has_written = False
-    use.is_begun_by_hand = False
-    use.is_committing = False
-    for connection in use.connections:
-        unwatch(connection, use.scope)
-    use.connections.clear()
-    if use.scope.watch is not None:
-        use.scope.watch.end()
-    if use.scope.state in OPEN:
-        if use.scope.is_answer_missing:  # whoever heard of it kept it to himself
-            lose_answer(use.scope)
-        else:
-            use.scope.advance(Event.ROLLED_BACK)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from asgi_dbscope import _current, _dialects
+from asgi_dbscope import _current, _driver_errors
 from asgi_dbscope._blocks import OwnScope, check_with
 from asgi_dbscope._boundary import (
     Boundary,
@@ -218,7 +218,7 @@ class _Owning(_Entered):
         """
         if not (is_cancelled or self.is_late):
             return None
-        if not (is_cancelled or error is None or _dialects.is_statement_timeout(error)):
+        if not (is_cancelled or error is None or _driver_errors.is_statement_timeout(error)):
             return None
         return TransactionTimeoutError(
             f"{self.block.label} took longer than its timeout of {self.block.timeout} seconds and "

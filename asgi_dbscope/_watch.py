@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from time import monotonic
 from typing import TYPE_CHECKING, Any, cast
 
-from asgi_dbscope import _dialects
+from asgi_dbscope import _dialects, _driver_errors
 from asgi_dbscope._completion import redeliver
 from asgi_dbscope._engine import was_handed_out
 from asgi_dbscope._lifecycle import OPEN, State
@@ -245,7 +245,7 @@ class TransactionWatch(ABC):
     def convert(self, error: BaseException) -> BaseException:
         """What *error*, which an operation raised, really is."""
         scope = self.scope
-        if scope.expiry is None and self._is_late and _dialects.is_statement_timeout(error):
+        if scope.expiry is None and self._is_late and _driver_errors.is_statement_timeout(error):
             self._forbid(self._timeout_error())  # the server's clock was the faster one
         return scope.expiry or error
 

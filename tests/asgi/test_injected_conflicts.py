@@ -8,7 +8,7 @@ from sqlalchemy.dialects import oracle
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from asgi_dbscope import ConfigurationError, Database
-from asgi_dbscope._dialects import find_conflict
+from asgi_dbscope._driver_errors import find_conflict
 from asgi_dbscope.testing import inject_conflicts
 from tests.fix_database import Item
 

@@ -15,7 +15,7 @@ from asgi_dbscope import (
     current_scope,
     session_options,
 )
-from asgi_dbscope._dialects import find_conflict, mysql_error
+from asgi_dbscope._driver_errors import find_conflict, mysql_error
 from asgi_dbscope.errors import TransactionAbortedError
 from tests.fix_asgi import respond
 from tests.fix_database import Item

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from asgi_dbscope import ConfigurationError, Database, DBSessionMiddleware, session_options
-from asgi_dbscope._dialects import mysql_error
+from asgi_dbscope._driver_errors import mysql_error
 from asgi_dbscope.errors import TransactionTimeoutError
 from tests.fix_asgi import http_scope, respond
 from tests.fix_database import Item

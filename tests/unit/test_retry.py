@@ -6,7 +6,8 @@ import pytest
 import sqlalchemy as sa
 
 from asgi_dbscope import ConfigurationError, Retry
-from asgi_dbscope._dialects import ends_transaction, find_conflict
+from asgi_dbscope._dialects import ends_transaction
+from asgi_dbscope._driver_errors import find_conflict
 from asgi_dbscope._retry import Attempt, EndpointRetries
 
 
