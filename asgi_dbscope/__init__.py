@@ -2,7 +2,7 @@
 
 from asgi_dbscope._asgi import ResponseHead
 from asgi_dbscope._current import current_scope, current_session
-from asgi_dbscope._database import Database, transactional
+from asgi_dbscope._database import Database
 from asgi_dbscope._hooks import on_commit, on_completion, on_rollback
 from asgi_dbscope._lifecycle import Outcome, State
 from asgi_dbscope._middleware import DBSessionMiddleware
@@ -13,6 +13,7 @@ from asgi_dbscope._propagation import Propagation
 from asgi_dbscope._reads import read_only_options
 from asgi_dbscope._retry import Retry
 from asgi_dbscope._scope import SessionScope
+from asgi_dbscope._transactional import transactional
 from asgi_dbscope.errors import (
     AmbiguousDatabaseError,
     CommitInDoubtError,

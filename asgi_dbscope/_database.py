@@ -9,14 +9,8 @@ from weakref import WeakKeyDictionary
 import anyio
 import anyio.to_thread
 from sqlalchemy import URL, Engine, event
-from sqlalchemy.ext.asyncio import (
-    AsyncEngine,
-    AsyncSession,
-    async_scoped_session,
-    async_sessionmaker,
-)
-from sqlalchemy.orm import Session, scoped_session, sessionmaker
-from sqlalchemy.util import ScopedRegistry
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from asgi_dbscope import _branches, _current, _dialects
 from asgi_dbscope._agenda import Occasion
@@ -30,7 +24,7 @@ from asgi_dbscope._engine import (
     watch,
     watch_engine,
 )
-from asgi_dbscope._factory import make_engine, reporting_factory
+from asgi_dbscope._factory import check_pooler, make_engine, reporting_factory
 from asgi_dbscope._hooks import HookRegistrar
 from asgi_dbscope._options import (
     Concurrency,
@@ -41,9 +35,9 @@ from asgi_dbscope._options import (
 )
 from asgi_dbscope._policy import Cause
 from asgi_dbscope._pool import THREADS, SecondConnections, ThreadWork
-from asgi_dbscope._poolers import Pooler
 from asgi_dbscope._propagation import Propagation, PropagationName
 from asgi_dbscope._reads import Reads, check_reads
+from asgi_dbscope._session_proxy import SessionProxy
 from asgi_dbscope._text import told
 from asgi_dbscope._transaction_status import check_can_resolve, note_server
 from asgi_dbscope._transactional import TransactionalBlock
@@ -55,6 +49,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Dialect
 
     from asgi_dbscope._policy import Mode
+    from asgi_dbscope._poolers import Pooler
     from asgi_dbscope._retry import Retry
     from asgi_dbscope._scope import SessionScope
 
@@ -62,22 +57,6 @@ F = TypeVar("F", bound="Callable[..., Any]")
 S = TypeVar("S", bound="AsyncSession | Session")
 AS = TypeVar("AS", bound=AsyncSession)
 SS = TypeVar("SS", bound=Session)
-
-
-class SessionProxy:
-    """The attribute :attr:`Database.session_proxy`, typed as the database is."""
-
-    @overload
-    def __get__(self, database: Database[AS], owner: object) -> async_scoped_session[AS]: ...
-
-    @overload
-    def __get__(self, database: Database[SS], owner: object) -> scoped_session[SS]: ...
-
-    @overload
-    def __get__(self, database: None, owner: object) -> Self: ...
-
-    def __get__(self, database: Any, owner: object) -> Any:
-        return self if database is None else database.make_session_proxy()
 
 
 class Database(Generic[S]):
@@ -232,7 +211,7 @@ class Database(Generic[S]):
         self.cleanup_timeout = check_seconds("cleanup_timeout", cleanup_timeout)
         self.resolve_in_doubt = resolve_in_doubt
         self.owned_engine: AsyncEngine | Engine | None = None
-        _check_pooler(pooler, source)
+        check_pooler(pooler, source)
         if isinstance(source, (str, URL)):
             source = self.owned_engine = make_engine(source, pooler)
         self.session_factory: Any = reporting_factory(source)
@@ -246,7 +225,6 @@ class Database(Generic[S]):
         self.places = _branches.Places()
         self._watched_dialects: set[Dialect] = set()
         self._transactional_engine: Engine | None = None
-        self._session_proxy: Any = None
         self._limiters: WeakKeyDictionary[
             asyncio.AbstractEventLoop, dict[ThreadWork, anyio.CapacityLimiter]
         ] = WeakKeyDictionary()
@@ -561,14 +539,6 @@ class Database(Generic[S]):
 
     # ---------------------------------------------------------------- for the scope
 
-    def make_session_proxy(self) -> Any:
-        """The one object that :attr:`session_proxy` is."""
-        if self._session_proxy is None:
-            kind: Any = _SessionProxy if self.is_sync else _AsyncSessionProxy
-            self._session_proxy = kind(self.session_factory, scopefunc=lambda: None)
-            self._session_proxy.registry = _CurrentSession(self)
-        return self._session_proxy
-
     def check_shape(self, isolation_level: str | None, read_only: bool | None) -> None:
         """Refuse transactions that this database can't have, as far as that is known now.
 
@@ -670,89 +640,3 @@ def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name:
         msg = f"name must be a string that is not empty; got {name!r}."
         raise ConfigurationError(msg)
-
-
-def _check_pooler(pooler: object, source: object) -> None:
-    if pooler is None:
-        return
-    check_choice("pooler", pooler, get_args(Pooler))
-    if not isinstance(source, (str, URL)):
-        msg = (
-            f"pooler={pooler!r} needs a URL: what an engine was made with can't be changed. Make "
-            "yours with create_async_engine(url, **pgbouncer_options(url)), and leave pooler out."
-        )
-        raise ConfigurationError(msg)
-
-
-class _AsyncSessionProxy(async_scoped_session[Any]):
-    def __deepcopy__(self, memo: object) -> Self:
-        """Itself: containers copy what their providers are given."""
-        return self
-
-
-class _SessionProxy(scoped_session[Any]):
-    def __deepcopy__(self, memo: object) -> Self:
-        """Itself: containers copy what their providers are given."""
-        return self
-
-
-class _CurrentSession(ScopedRegistry[Any]):
-    """The registry of a ``session_proxy``: the current scope is the only one it knows."""
-
-    def __init__(self, database: Database[Any]) -> None:
-        super().__init__(database.session_factory, lambda: None)
-        self._database = database
-
-    def __call__(self) -> Any:
-        return self._database.session
-
-    def has(self) -> bool:
-        # So that session_proxy.remove() leaves the session to its scope.
-        return False
-
-    def set(self, obj: Any) -> None:  # noqa: ARG002 - the base class's signature
-        msg = "The session of a scope can't be configured through session_proxy; use db.session."
-        raise ConfigurationError(msg)
-
-    def clear(self) -> None:
-        """Do nothing: the scope ends its session."""
-
-
-@overload
-def transactional(propagation: F, /) -> F: ...
-
-
-@overload
-def transactional(
-    propagation: Propagation | PropagationName = ...,
-    *,
-    database: str | None = ...,
-    isolation_level: str | None = ...,
-    read_only: bool | None = ...,
-    timeout: float | None = ...,
-    retry: Retry | None = ...,
-    rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
-    no_rollback_for: type[Exception] | Iterable[type[Exception]] = ...,
-    label: str | None = ...,
-) -> TransactionalBlock[Any]: ...
-
-
-def transactional(
-    propagation: Any = Propagation.REQUIRED, *, database: str | None = None, **options: Any
-) -> Any:
-    """:meth:`.Database.transactional` for the one-database case.
-
-    The database is found on entering: the one that has a scope there, or outside of any scope the
-    only one there is.
-
-    Args:
-        propagation: What to do with a transaction that is there; see :class:`.Propagation`.
-
-        database: The database's name, where there are several.
-
-        options: As :meth:`.Database.transactional` has them.
-    """
-    if callable(propagation) and not isinstance(propagation, str):
-        return TransactionalBlock[Any](None, name=database)(propagation)
-    block = TransactionalBlock[Any]
-    return block(None, name=database, propagation=cast("Any", propagation), **options)

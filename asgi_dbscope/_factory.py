@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from sqlalchemy import URL, Engine, create_engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.orm import Session, sessionmaker
 
+from asgi_dbscope._options import check_choice
 from asgi_dbscope._poolers import Pooler, pgbouncer_options, read_url
 from asgi_dbscope._reads import read_only_options
 from asgi_dbscope._session import reporting_session_class
@@ -103,3 +104,16 @@ def _derived_async(factory: async_sessionmaker[AsyncSession]) -> async_sessionma
     options["sync_session_class"] = reporting_session_class(sync_class)
     options["close_resets_only"] = False  # a closed session refuses use, instead of reopening
     return async_sessionmaker(class_=factory.class_, **options)
+
+
+def check_pooler(pooler: object, source: object) -> None:
+    """Refuse a *pooler* that isn't known, or that *source* can't be told of any more."""
+    if pooler is None:
+        return
+    check_choice("pooler", pooler, get_args(Pooler))
+    if not isinstance(source, (str, URL)):
+        msg = (
+            f"pooler={pooler!r} needs a URL: what an engine was made with can't be changed. Make "
+            "yours with create_async_engine(url, **pgbouncer_options(url)), and leave pooler out."
+        )
+        raise ConfigurationError(msg)
