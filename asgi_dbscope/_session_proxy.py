@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
@@ -33,7 +33,7 @@ class SessionProxy:
         if database is None:
             return self
         # Found there, from now on, before this is.
-        attributes: dict[str, Any] = vars(database)
+        attributes = cast("dict[str, Any]", vars(database))
         return attributes.setdefault("session_proxy", _make_session_proxy(database))
 
 
