@@ -612,8 +612,9 @@ class SessionScope(Lifecycle, Generic[S]):
             return True
         if session.in_transaction() or use.has_lost:
             return False
-        # What somebody else ends is over when the connection is back, too.
-        return (use.ender is None and use.user is None) or not use.is_held_by_another
+        if use.ender is None and use.user is None:
+            return True
+        return not use.is_held_by_another  # who ends it, and is in it until the connection is back
 
     def decide(self, cause: Cause, head: ResponseHead | None = None) -> Ending:
         """How the open transaction would end for *cause*.
