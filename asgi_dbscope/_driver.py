@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.orm.session import SessionTransactionState
 
 from asgi_dbscope import _dialects
-from asgi_dbscope._doubt import lose_answer
+from asgi_dbscope._doubt import doubt_of, lose_answer
 from asgi_dbscope._lifecycle import Outcome, State
 from asgi_dbscope._policy import Ending
 from asgi_dbscope.errors import CommitInDoubtError, ConcurrentSessionUseError
@@ -43,13 +43,12 @@ def end_transaction(
             be sent.
     """
     timeout = scope.database.cleanup_timeout
-    use.begin_ending(ending)
+    if not use.begin_ending(ending, timeout):
+        _throw_away(scope, session, use)
+        return
     try:
         if use.is_busy and ending is not Ending.ABANDON and not use.wait_until_free(timeout):
-            is_open = session.in_transaction()  # or was ended by whoever is still inside
-            _throw_away(scope, session, use)
-            if is_open and ending is Ending.COMMIT and not use.is_torn:
-                raise ConcurrentSessionUseError(use.busy_message(timeout))
+            _give_up(scope, session, use, ending)
         elif not session.in_transaction():
             _check_ended(scope, use, ending)
         elif ending is Ending.ABANDON:
@@ -68,6 +67,17 @@ def end_transaction(
     finally:
         use.is_torn = False
         use.end_ending(session)
+
+
+def _give_up(scope: SessionScope[Any], session: Session, use: SessionUse, ending: Ending) -> None:
+    """Throw the connection away: somebody stays inside for too long."""
+    is_open = session.in_transaction()  # or that one has ended it
+    is_committing = scope.state is State.COMMITTING  # by a `commit()` of that one's own
+    _throw_away(scope, session, use)
+    if is_open and ending is Ending.COMMIT and not use.is_torn:
+        if is_committing:
+            raise doubt_of(scope)
+        raise ConcurrentSessionUseError(use.busy_message(scope.database.cleanup_timeout))
 
 
 def _check_ended(scope: SessionScope[Any], use: SessionUse, ending: Ending) -> None:

@@ -176,14 +176,23 @@ class TaskUse(SessionUse):
         if self._becomes_free is not None and not self._becomes_free.done():
             self._becomes_free.set_result(None)
 
-    def begin_ending(self, ending: Ending) -> None:
-        if self.ender is not None:
-            known = self.failed_commit
-            while self.ender is not None:
-                await_only(asyncio.wait([self.ender]))
-            self.check_commit_before(ending, known)
+    def begin_ending(self, ending: Ending, timeout: float) -> bool:
+        if self.ender is not None and not self._outlast(ending, timeout):
+            return False
         self.ender = asyncio.current_task()
         _ending.set(self)  # in the context of the ending's task, and so of those it starts
+        return True
+
+    def _outlast(self, ending: Ending, timeout: float) -> bool:
+        """Wait for another ending; whether it is over."""
+        known = self.failed_commit
+        patience = None if ending is Ending.COMMIT else timeout
+        while self.ender is not None:
+            _, late = await_only(asyncio.wait([self.ender], timeout=patience))
+            if late:
+                return False
+        self.check_commit_before(ending, known)
+        return True
 
     def end_ending(self, session: Session) -> None:  # noqa: ARG002 - for threads
         self.ender = None

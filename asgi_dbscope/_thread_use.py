@@ -162,13 +162,15 @@ class ThreadUse(SessionUse):
         if self.is_abandoned:
             self._throw_away(session)
 
-    def begin_ending(self, ending: Ending) -> None:
+    def begin_ending(self, ending: Ending, timeout: float) -> bool:
+        patience = None if ending is Ending.COMMIT else timeout
         with self._changed:
             known = self.failed_commit
-            while self.ender is not None:
-                self._changed.wait()
+            if not self._changed.wait_for(lambda: self.ender is None, patience):
+                return False
             self.check_commit_before(ending, known)
             self.ender = threading.current_thread()
+        return True
 
     def end_ending(self, session: Session) -> None:
         with self._changed:

@@ -155,8 +155,16 @@ class SessionUse(ABC):
         """An operation has ended; clear up what the last one out was told to."""
 
     @abstractmethod
-    def begin_ending(self, ending: Ending) -> None:
+    def begin_ending(self, ending: Ending, timeout: float) -> bool:
         """Let nobody else in; after another ending, if there is one.
+
+        Args:
+            ending: How. A COMMIT waits as long as the other one takes: that is the database's time.
+
+            timeout: Seconds that anything else waits at most.
+
+        Returns:
+            Whether this is the ending now; else the other one goes on and on.
 
         Raises:
             BaseException: See :meth:`check_commit_before`.
@@ -300,10 +308,12 @@ class SessionUse(ABC):
 
     def busy_message(self, timeout: float) -> str:
         """What to tell a user whose child task holds up the end."""
+        is_committing = self.scope.state is State.COMMITTING
+        became = "its COMMIT is in doubt" if is_committing else "nothing is committed"
         return (
             f"{self.scope!r} ends, and after {timeout} seconds (cleanup_timeout) another task is "
-            "still running a statement on its session. Its connection is thrown away and nothing "
-            "is committed. Await child tasks before the response is sent."
+            "still running a statement on its session. Its connection is thrown away and "
+            f"{became}. Await child tasks before the response is sent."
         )
 
     def concurrent_message(self, inside: str, entering: str) -> str:

@@ -195,3 +195,65 @@ async def test_connection_of_a_childs_own_ending_is_waited_for_no_longer_than_it
     await settled(tasks)
 
     assert (200, None) == (exchange.status, exchange.error)
+
+
+# --------------------------------------------------------------------------------------
+# What takes too long
+# --------------------------------------------------------------------------------------
+
+
+async def test_commit_of_a_childs_own_that_waits_for_the_head_is_in_doubt(engine, drive):
+    """G15, G22: the two would wait for each other; `cleanup_timeout` ends that, and is honest."""
+    db = Database(engine, cleanup_timeout=0.05)
+    hold = Hold(engine, "commit")
+    scopes, tasks = [], []
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        await db.session.execute(sa.select(1))
+        tasks.append(asyncio.create_task(db.session.commit()))
+        await hold.reached.wait()
+        await respond(send)
+        hold.let_go.set()
+
+    exchange = await drive(DBSessionMiddleware(app, database=db))
+    hold.let_go.set()
+    [error] = await settled(tasks)
+
+    assert [] == exchange.messages
+    assert isinstance(exchange.error, CommitInDoubtError)
+    assert Outcome.IN_DOUBT is scopes[0].outcome
+    assert isinstance(error, Exception)
+
+
+@pytest.mark.parametrize("way", ["raised", "cancelled", "cancelled at the head"])
+async def test_request_that_fails_waits_no_longer_than_its_deadline_for_a_childs_commit(
+    engine, drive, way
+):
+    """G10: what that came to is in doubt then, and its connection is thrown away."""
+    db = Database(engine, cleanup_timeout=0.05)
+    hold = Hold(engine, "commit")
+    scopes, tasks = [], []
+
+    async def app(scope, receive, send):
+        scopes.append(current_scope())
+        await db.session.execute(sa.select(1))
+        tasks.append(asyncio.create_task(db.release()))
+        await hold.reached.wait()
+        if way == "raised":
+            raise ZeroDivisionError
+        asyncio.get_running_loop().call_soon(request.cancel)
+        if way == "cancelled":
+            await asyncio.Event().wait()
+        await respond(send)
+
+    request = asyncio.create_task(drive(DBSessionMiddleware(app, database=db)))
+    exchange = await request
+    hold.let_go.set()
+    [error] = await settled(tasks)
+
+    assert [] == exchange.messages
+    assert isinstance(exchange.error, (asyncio.CancelledError, ZeroDivisionError))
+    assert Outcome.IN_DOUBT is scopes[0].outcome
+    assert isinstance(error, Exception)
+    assert 0 == engine.pool.checkedout()

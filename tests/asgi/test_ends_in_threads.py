@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from asgi_dbscope import (
     Database,
     DBSessionMiddleware,
+    Outcome,
     SessionScope,
     SessionScopeClosedError,
     State,
@@ -21,7 +22,7 @@ from asgi_dbscope import (
 from tests.fix_asgi import Drive, respond
 from tests.fix_cancel import ENOUGH
 from tests.fix_database import Child, Item
-from tests.sync_apps import Rows, held, write
+from tests.sync_apps import Rows, checked_in, held, write
 
 pytest_plugins = ["tests.fix_sync"]
 
@@ -105,6 +106,32 @@ async def test_head_waits_until_the_connection_of_a_threads_own_rollback_is_back
 
     assert exchange.error is None
     assert [0, 0] == checked_out
+
+
+async def test_request_that_fails_waits_no_longer_than_its_deadline_for_a_threads_commit(
+    drive: Drive, sync_engine: sa.Engine
+) -> None:
+    """G10: what the thread's `release()` came to is in doubt then; it clears up when it is back."""
+    db = Database(sync_engine, cleanup_timeout=0.05)
+    scopes: list[SessionScope[Any]] = []
+    releasing: list[asyncio.Task[None]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        scopes.append(current_scope())
+        await asyncio.to_thread(write, db, 1)
+        releasing.append(asyncio.create_task(asyncio.to_thread(db.release)))
+        await hold.reached.wait()
+        raise ZeroDivisionError
+
+    with held(sync_engine, "commit") as hold:
+        exchange = await drive(DBSessionMiddleware(app, database=db))
+        assert Outcome.IN_DOUBT is scopes[0].outcome
+        hold.let_go()
+        await asyncio.wait(releasing)
+
+    assert isinstance(exchange.error, ZeroDivisionError)
+    assert isinstance(releasing[0].exception(), Exception)
+    assert await checked_in(sync_engine)
 
 
 # --------------------------------------------------------------------------------------
