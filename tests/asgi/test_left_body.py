@@ -62,7 +62,7 @@ async def test_cancelled_while_a_body_is_rolled_back_it_is_cancelled(db, drive, 
     task = asyncio.create_task(drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT]))
     await rolling_back.wait()
     task.cancel()
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         await asyncio.wait([task])
 
     assert isinstance(task.result().error, asyncio.CancelledError)

@@ -116,7 +116,7 @@ async def test_client_that_leaves_is_told_while_a_thread_hangs_in_a_commit(sync_
 
     def hang(connection):
         is_committing.set()
-        was_let.append(may_end.wait(5))
+        was_let.append(may_end.wait(20))
 
     async def app(scope, receive, send):
         await send(start(200))

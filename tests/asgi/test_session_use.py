@@ -203,7 +203,7 @@ async def test_commit_of_the_users_own_may_release_what_it_has_committed(engine,
         db.session.add(Item(id=1))
         await respond(send)
 
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         exchange = await drive(DBSessionMiddleware(app, database=db))
 
     assert 200 == exchange.status

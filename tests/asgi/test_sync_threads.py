@@ -144,7 +144,7 @@ async def test_threads_that_ask_at_once_get_the_same_session(
     seen: list[Session] = []
 
     def look() -> None:
-        barrier.wait(5)
+        barrier.wait(ENOUGH)
         seen.append(sync_db.session)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

@@ -67,7 +67,7 @@ async def test_thread_of_the_driver_gives_up_a_statement_that_takes_too_long(db,
     exchange = await drive(DBSessionMiddleware(app, database=db, timeout=0.1))
 
     assert 504 == exchange.status
-    assert monotonic() - begun < 5
+    assert monotonic() - begun < 20
 
 
 @ON_ALL

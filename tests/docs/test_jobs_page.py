@@ -90,7 +90,7 @@ async def test_actor_has_a_scope_of_its_own(example, query, capsys):
         worker.start()
         try:
             example.pack.send(1)
-            await asyncio.to_thread(example.queue.join, "default", timeout=10_000)
+            await asyncio.to_thread(example.queue.join, "default", timeout=60_000)
         finally:
             await asyncio.to_thread(worker.stop)
             example.worker_engine.dispose()

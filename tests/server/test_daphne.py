@@ -22,8 +22,8 @@ def test_app_that_goes_on_without_its_client_is_cancelled(serve, stored):
 
 @pytest.fixture
 def impatient(serve, stored):
-    """A daphne that ends requests after a second or two."""
-    with serve(DAPHNE, "--http-timeout=1") as served:
+    """A daphne that ends requests after a few seconds."""
+    with serve(DAPHNE, "--http-timeout=2") as served:
         yield served
 
 
