@@ -163,6 +163,29 @@ def schema_on(server: sa.URL) -> Iterator[sa.Engine]:
     administration.dispose()
 
 
+@pytest.fixture
+def of_mariadb(mariadb_schema: sa.Engine) -> None:
+    """For a test of what MariaDB has: a server that was named may be a MySQL."""
+    if not mariadb_schema.dialect.is_mariadb:  # type: ignore[attr-defined]
+        raise pytest.skip.Exception("MySQL has no max_statement_time, and no dialect mariadb://")
+
+
+LIMITS = sa.text(
+    "SHOW SESSION VARIABLES WHERE Value > 0 "
+    "AND Variable_name IN ('max_statement_time', 'idle_transaction_timeout')"
+)
+"""The limits of the session that are not 0; MySQL has none."""
+
+
+def numbers(count: int, *, more: str = "") -> sa.TextClause:
+    """A SELECT of *count* rows, up to 10,000; in each one *more* is evaluated."""
+    digits = " UNION ALL ".join(f"SELECT {digit} AS n" for digit in range(10))
+    return sa.text(
+        f"WITH digit AS ({digits}) SELECT a.n + 10 * b.n + 100 * c.n + 1000 * d.n AS seq{more} "
+        f"FROM digit AS d, digit AS c, digit AS b, digit AS a LIMIT {count:d}"
+    )
+
+
 class Wire:
     """Stands between a client and MariaDB, and cuts a connection at a statement.
 

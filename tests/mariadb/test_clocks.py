@@ -8,6 +8,7 @@ import sqlalchemy as sa
 from asgi_dbscope import Database, DBSessionMiddleware, TransactionTimeoutError
 from tests.fix_asgi import respond
 from tests.fix_database import Item
+from tests.fix_mariadb import numbers
 from tests.fix_siblings import end_beside_a_sibling
 
 pytestmark = pytest.mark.parametrize("engine", ["asyncmy"], indirect=True)
@@ -45,7 +46,7 @@ async def test_statement_that_takes_too_long_is_interrupted(engine, drive, way):
         if way != "rows":
             await source.execute(SLOW)
             return
-        slow_rows = sa.text("SELECT seq, SLEEP(0.05) FROM seq_1_to_100")
+        slow_rows = numbers(100, more=", SLEEP(0.05)")
         async for _ in await source.stream(slow_rows, execution_options={"yield_per": 1}):
             pass
 

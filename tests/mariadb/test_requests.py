@@ -10,6 +10,7 @@ from asgi_dbscope import Database, DBSessionMiddleware, Outcome, current_scope, 
 from asgi_dbscope.errors import ConcurrentSessionUseError, SessionScopeClosedError
 from tests.fix_asgi import body, http_scope, respond, start
 from tests.fix_database import Item
+from tests.fix_mariadb import numbers
 
 pytestmark = pytest.mark.parametrize("engine", ["asyncmy"], indirect=True)
 
@@ -162,11 +163,10 @@ async def test_torn_stream_is_rolled_back(db, drive, rows, end):
 
 async def test_held_stream_reads_on_the_servers_cursor(db, drive, timeline):
     """G7: `stream="hold"` keeps an unbuffered result readable to the body's end."""
-    numbers = sa.text("SELECT seq FROM seq_1_to_5000")
 
     @session_options(stream="hold")
     async def app(scope, receive, send):
-        found = await db.session.stream_scalars(numbers, execution_options={"yield_per": 100})
+        found = await db.session.stream_scalars(numbers(5000), execution_options={"yield_per": 100})
         await send(start(200))
         count = 0
         async for _ in found:
@@ -184,9 +184,7 @@ async def test_unread_result_is_no_obstacle_to_the_end(db, drive, rows, engine):
 
     @session_options(stream="hold")
     async def app(scope, receive, send):
-        found = await db.session.stream_scalars(
-            sa.text("SELECT seq FROM seq_1_to_5000"), execution_options={"yield_per": 10}
-        )
+        found = await db.session.stream_scalars(numbers(5000), execution_options={"yield_per": 10})
         await anext(aiter(found))
         await respond(send, int(scope["path"][1:]))
 

@@ -159,6 +159,7 @@ async def test_transaction_that_is_open_already_is_not_reshaped(engine, db):
             await session.execute(READ)
 
 
+@pytest.mark.usefixtures("of_mariadb")
 async def test_timeout_ends_the_statement_and_leaves_no_trace(single, rows):
     """G20: the transaction is rolled back in time, and the server's own limits are back."""
     db = Database(single)
@@ -187,6 +188,7 @@ async def test_timeout_ends_the_statement_and_leaves_no_trace(single, rows):
     assert [] == await rows()
 
 
+@pytest.mark.usefixtures("of_mariadb")
 async def test_limits_are_the_users_own_after_several_timeouts(single, engine):
     """G20: on a connection of the user's, limited twice before it goes back to the pool."""
     limits = sa.text("SELECT @@SESSION.max_statement_time, @@SESSION.idle_transaction_timeout")
@@ -208,7 +210,7 @@ async def test_ddl_commits_what_was_before_it(db, drive, rows):
     async def app(scope, receive, send):
         db.session.add(Item(id=1))
         await db.session.flush()
-        await db.session.execute(sa.text("CREATE OR REPLACE TABLE other (id INTEGER)"))
+        await db.session.execute(sa.text("CREATE TABLE IF NOT EXISTS other (id INTEGER)"))
         db.session.add(Item(id=2))
         await respond(send, 500)
 
@@ -218,6 +220,7 @@ async def test_ddl_commits_what_was_before_it(db, drive, rows):
     assert [1] == await rows()
 
 
+@pytest.mark.usefixtures("of_mariadb")
 async def test_server_that_the_url_calls_mariadb_is_the_same(mariadb_schema, engine, rows):
     """G20, G21: `mariadb+asyncmy://` is another dialect of SQLAlchemy's, with the same promises."""
     async with Database(engine).session_scope() as session:
