@@ -60,9 +60,11 @@ def end_transaction(
         else:
             scope.warn_of_loss(session, use)
             _roll_back(scope, session, use)
-    except asyncio.CancelledError:  # out of grace
+    except asyncio.CancelledError:  # out of grace, or of the transaction's time
         _throw_away(scope, session, use)
         if ending is Ending.COMMIT:
+            if scope.expiry is not None:
+                scope.refuse_expired()
             raise
     finally:
         use.is_torn = False

@@ -473,8 +473,8 @@ class SessionScope(Lifecycle, Generic[S]):
     def refuse_expired(self) -> NoReturn:
         """Say why nothing can be done any more: the transaction was ended before its time."""
         assert self.expiry is not None
-        if self.state is State.COMMITTING:  # by another task, who hasn't heard of it yet
-            raise doubt_of(self)
+        if self.state is State.COMMITTING or self.state is State.IN_DOUBT:
+            raise doubt_of(self)  # also while another task commits, who hasn't heard of it yet
         raise type(self.expiry)(*self.expiry.args)
 
     def meet(self, error: BaseException) -> None:

@@ -135,6 +135,34 @@ async def test_time_that_is_up_in_a_commit_under_way_claims_no_rollback(
     assert exchange.status is None
 
 
+async def test_time_that_is_up_while_the_head_waits_for_a_statement_is_no_cancellation(
+    db, engine, drive, rows
+):
+    """G3: the head's ending is what the clock finds at work, as the child task has just left."""
+    tasks = []
+
+    def work(session):
+        session.execute(sa.select(1))
+        watch: Any = current_scope().watch
+        watch.deadline = 0.0
+        watch._look()
+
+    async def app(scope, receive, send):
+        db.session.add(Item(id=1))
+        await db.session.flush()
+        hold = Hold(engine, "before_cursor_execute")
+        tasks.append(asyncio.create_task(db.session.run_sync(work)))
+        await hold.reached.wait()
+        asyncio.get_running_loop().call_soon(hold.let_go.set)
+        await respond(send)
+
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30))
+    await settled(tasks)
+
+    assert (504, None) == (exchange.status, exchange.error)
+    assert [] == await rows()
+
+
 async def in_a_block(session):
     """A block of SQLAlchemy's, which commits at its end."""
     async with session.begin():
