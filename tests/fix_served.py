@@ -1,4 +1,4 @@
-"""Pytest plugin: every server in a process of its own, and a client that sees bytes."""
+"""Pytest plugin: every server in a process of its own, and what its app stores and tells."""
 
 import contextlib
 import functools
@@ -7,7 +7,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -23,129 +22,11 @@ import sqlalchemy as sa
 from tests.fix_database import Base, Item
 from tests.fix_server import reserved_port
 from tests.server.channel import VARIABLE
-from tests.server.servers import SERVERS, Server
+from tests.server.clients import PATIENCE, Client, Torn
+from tests.server.http2_client import Http2Client
+from tests.server.servers import HTTP2, SERVERS, Server
 
 ROOT = Path(__file__).parents[1]
-
-PATIENCE = 60.0
-"""Seconds until something that a server should do counts as not done."""
-
-
-# --------------------------------------------------------------------------------------
-# The client
-# --------------------------------------------------------------------------------------
-
-
-class Torn(Exception):  # noqa: N818 - what a client finds, not an error of ours
-    """The connection ended before the response did; the message is what came of it."""
-
-
-class Client:
-    """One connection, and what comes over it. It reads as little as it is asked for."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.socket()
-        # A client that doesn't read soon blocks.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        self._socket.settimeout(PATIENCE)
-        self._received = bytearray()
-        try:
-            self._socket.connect(("127.0.0.1", port))
-        except OSError:
-            self._socket.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._socket.close()
-
-    def send(self, method: str, path: str, *, body: bytes = b"", length: int = 0) -> None:
-        """Send a request; read nothing. *length* claims a longer body."""
-        self._socket.sendall(_request(method, path, length or len(body)) + body)
-
-    def send_all(self, *requests: tuple[str, str]) -> None:
-        """Send requests in one piece, the next before the first is answered."""
-        self._socket.sendall(b"".join(_request(method, path, 0) for method, path in requests))
-
-    def head(self) -> tuple[int, dict[str, str]]:
-        """The response's status and headers."""
-        lines = self._read_until(b"\r\n\r\n").decode().split("\r\n")
-        headers = dict(line.lower().split(": ", 1) for line in lines[1:] if line)
-        return int(lines[0].split()[1]), headers
-
-    def chunk(self) -> bytes:
-        """One chunk of a chunked body; empty at its clean end."""
-        data = self._read(int(self._read_until(b"\r\n"), 16) + 2)
-        return data[:-2]
-
-    def body(self, headers: dict[str, str]) -> bytes:
-        """The whole body."""
-        if "chunked" not in headers.get("transfer-encoding", ""):
-            return self._read(int(headers.get("content-length", 0)))
-        chunks = []
-        while data := self.chunk():
-            chunks.append(data)
-        return b"".join(chunks)
-
-    def request(self, method: str, path: str, *, body: bytes = b"") -> tuple[int, bytes]:
-        """Send a request; return the status and the body."""
-        self.send(method, path, body=body)
-        status, headers = self.head()
-        return status, self.body(headers)
-
-    def has_bytes(self, within: float = 0.0) -> bool:
-        """Whether anything has come, or the end of the connection."""
-        return bool(self._received or select.select([self._socket], [], [], within)[0])
-
-    def has_ended(self, within: float = PATIENCE) -> bool:
-        """Whether the server closes the connection, with nothing more on it."""
-        if not self.has_bytes(within):
-            return False
-        try:
-            self._received += self._socket.recv(1)
-        except ConnectionError:
-            return True
-        return not self._received
-
-    def leave(self) -> None:
-        """Reset the connection, as a client does that is gone."""
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self._socket.close()
-
-    def end_requests(self) -> None:
-        """Close the client's half of the connection: it sends no more, and still reads."""
-        self._socket.shutdown(socket.SHUT_WR)
-
-    def _read_until(self, mark: bytes) -> bytes:
-        while (end := self._received.find(mark)) < 0:
-            self._receive()
-        return self._read(end + len(mark))[:end]
-
-    def _read(self, count: int) -> bytes:
-        if count > len(self._received) + 65536:  # it has begun to read
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-        while len(self._received) < count:
-            self._receive()
-        data = bytes(self._received[:count])
-        del self._received[:count]
-        return data
-
-    def _receive(self) -> None:
-        try:
-            data = self._socket.recv(1 << 20)
-        except ConnectionError:
-            data = b""
-        if not data:
-            raise Torn(self._received.decode("latin-1"))
-        self._received += data
-
-
-def _request(method: str, path: str, length: int) -> bytes:
-    head = f"{method} {path} HTTP/1.1\r\nhost: test\r\ncontent-length: {length}\r\n\r\n"
-    return head.encode()
-
 
 # --------------------------------------------------------------------------------------
 # The servers
@@ -235,10 +116,20 @@ class Served:
         self._hear: Callable[[], None] = lambda: None
         self._line = b""
         self._has_ended = False
+        self._connections: list[Http2Client] = []
 
     def connect(self) -> Client:
         """A new connection."""
-        return Client(self.port)
+        if not self.server.http2:
+            return Client(self.port)
+        client = Http2Client(self.port)
+        self._connections.append(client)
+        return client
+
+    def disconnect(self) -> None:
+        """Close the connections of HTTP/2, which outlive their requests."""
+        while self._connections:
+            self._connections.pop().close()
 
     def listen(self, teller: socket.socket, hearer: socket.socket) -> threading.Thread:
         """Hear what the app tells, until its process ends, so that it never has to wait."""
@@ -420,6 +311,7 @@ def serve(
                         hearing.join(PATIENCE)
             finally:
                 served.kill()
+                served.disconnect()
 
     return serve
 
@@ -437,11 +329,19 @@ def _wait_until_ready(served: Served) -> None:
             time.sleep(0.01)
 
 
-@pytest.fixture(scope="session", params=SERVERS, ids=lambda server: server.name)
+@pytest.fixture(
+    scope="session",
+    params=[*SERVERS, *(pytest.param(each, marks=pytest.mark.once) for each in HTTP2)],
+    ids=str,
+)
 def shared_server(request: pytest.FixtureRequest, serve: Serve) -> Iterator[Served]:
     """Each server in turn, one process for all tests of it."""
     with serve(request.param) as served:
         yield served
+
+
+ON_HTTP1 = pytest.mark.parametrize("shared_server", SERVERS, indirect=True, ids=str)
+"""For a test of what HTTP/2 has nothing of."""
 
 
 @pytest.fixture
@@ -450,6 +350,7 @@ def served(shared_server: Served, stored: "Stored") -> Iterator[Served]:
     shared_server.forget()
     yield shared_server
     shared_server.wait_until_idle()
+    shared_server.disconnect()
 
 
 # --------------------------------------------------------------------------------------

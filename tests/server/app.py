@@ -170,7 +170,10 @@ def response_routes(db: Database[Any], channel: Channel) -> APIRouter:
         return {"id": item_id}
 
     @routes.post("/upload/{item_id}", status_code=201)
+    @routes.post("/timed-upload/{item_id}", status_code=201)
     async def upload(item_id: int, request: Request) -> int:
+        if "timed" in request.url.path:
+            db.scope.configure(timeout=0.2)
         db.session.add(Item(id=item_id))
         await db.session.flush()
         channel.say("written")
@@ -278,6 +281,17 @@ def body_routes(db: Database[Any], channel: Channel) -> APIRouter:
             yield "line\n"
 
         return StreamingResponse(lines())
+
+    @routes.get("/heavy/{item_id}")
+    async def heavy(item_id: int) -> StreamingResponse:
+        async def chunks() -> AsyncIterator[bytes]:
+            db.session.add(Item(id=item_id))
+            await db.session.flush()
+            channel.say("written")
+            yield b"x" * (MEGABYTES << 20)
+            await channel.wait("never")
+
+        return StreamingResponse(chunks())
 
     @routes.get("/endless/{item_id}")
     async def endless(item_id: int) -> StreamingResponse:

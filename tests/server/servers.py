@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -45,6 +45,16 @@ class Server:
         answers_cancelled: Whether the client of a cancelled request gets a 500.
 
         is_forced_by: A second signal that ends the process at once.
+
+        drops_bodies_of_head: Whether an answer to HEAD goes out without the app's body.
+
+        outlives_late_bodies: Whether a connection goes on when a body comes after its answer.
+
+        reads_past_unread_bodies: Whether a body that its app doesn't read holds up nobody else.
+
+        returns_from_send: Whether ``send`` returns to an app when the client is gone.
+
+        http2: Whether it is spoken to in HTTP/2, many requests on one connection.
     """
 
     name: str
@@ -64,6 +74,11 @@ class Server:
     at_grace_end: Literal["cancelled", "killed", "waited for"] = "killed"
     answers_cancelled: bool = False
     is_forced_by: tuple[signal.Signals, ...] = ()
+    drops_bodies_of_head: bool = True
+    outlives_late_bodies: bool = True
+    reads_past_unread_bodies: bool = True
+    returns_from_send: bool = True
+    http2: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -100,30 +115,49 @@ DAPHNE = Server(
     at_grace_end="cancelled",
 )
 
+HYPERCORN = Server(
+    name="hypercorn",
+    module="hypercorn",
+    arguments=("--bind=127.0.0.1:{port}", "--workers=0", APP),
+    answers_half_closed=True,
+    grace=("--graceful-timeout=1",),
+    at_grace_end="waited for" if WAITS_FOR_CONNECTIONS else "cancelled",
+    answers_cancelled=True,
+)
+
+GRANIAN = Server(
+    name="granian",
+    module="granian",
+    arguments=("--interface=asgi", "--port={port}", APP),
+    sends_head_at_once=False,
+    has_pathsend=True,
+    grace=("--workers-kill-timeout=1",),
+)
+
 SERVERS = [
     _uvicorn("h11", "asyncio"),
     _uvicorn("h11", "uvloop"),
     _uvicorn("httptools", "asyncio"),
     _uvicorn("httptools", "uvloop"),
-    Server(
-        name="hypercorn",
-        module="hypercorn",
-        arguments=("--bind=127.0.0.1:{port}", "--workers=0", APP),
-        answers_half_closed=True,
-        grace=("--graceful-timeout=1",),
-        at_grace_end="waited for" if WAITS_FOR_CONNECTIONS else "cancelled",
-        answers_cancelled=True,
-    ),
-    Server(
-        name="granian",
-        module="granian",
-        arguments=("--interface=asgi", "--port={port}", APP),
-        sends_head_at_once=False,
-        has_pathsend=True,
-        grace=("--workers-kill-timeout=1",),
-    ),
+    HYPERCORN,
+    GRANIAN,
     DAPHNE,
 ]
+
+HTTP2 = [
+    replace(
+        HYPERCORN,
+        name="hypercorn-http2",
+        http2=True,
+        holds_up_the_app=False,
+        closes_torn_bodies=False,
+        outlives_late_bodies=False,
+        reads_past_unread_bodies=False,
+        returns_from_send=False,
+    ),
+    replace(GRANIAN, name="granian-http2", http2=True, drops_bodies_of_head=False),
+]
+"""The same in HTTP/2, without TLS: its clients know that the server speaks it."""
 
 ONE_OF_EACH_LOOP = [each for each in SERVERS if not each.name.startswith("uvicorn-httptools")]
 """What ends a process depends on the loop, not on the parser."""

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.fix_served import Torn
+from tests.fix_served import ON_HTTP1
+from tests.server.clients import Torn
 
 # --------------------------------------------------------------------------------------
 # Before the head
@@ -54,6 +55,7 @@ def test_client_that_leaves_during_commit(served, stored):
     assert ([3], 0) == (stored.ids(), served.checked_out())
 
 
+@ON_HTTP1
 def test_client_that_only_ends_its_half(served, stored):
     """G1: a client that sends no more is answered by some servers, and gone for others; what the
     handler wrote is committed either way.

@@ -5,8 +5,9 @@ import sqlite3
 
 import pytest
 
-from tests.fix_served import Served, Stored, Torn
+from tests.fix_served import ON_HTTP1, Served, Stored
 from tests.server.app import MEGABYTES
+from tests.server.clients import Torn
 
 DATABASES = ["asyncpg", "psycopg", "sqlite"]
 
@@ -152,6 +153,7 @@ def test_one_scope_has_one_session(served):
 # --------------------------------------------------------------------------------------
 
 
+@ON_HTTP1
 @pytest.mark.parametrize("path", ["large", "large-stream"])
 def test_client_that_does_not_read_holds_no_connection(served, stored, path):
     """G6: while sixteen megabytes wait for their reader the pool is complete. A server with flow
@@ -216,6 +218,7 @@ def test_connection_lives_on_after_a_failed_background_commit(served, stored):
         client.body(headers)
         assert (200, 201) == (status, client.head()[0])
     assert [1, 2] == stored.ids()
+    served.wait_for("ended", "/asyncpg/failing-background/1")
     assert "POST /asyncpg/failing-background/1: work after the response" in served.log()
 
 
@@ -236,6 +239,7 @@ def test_session_refuses_use_after_its_scope(served, stored):
 # --------------------------------------------------------------------------------------
 
 
+@ON_HTTP1
 @pytest.mark.once
 def test_burst_of_requests_on_a_small_pool(served, stored):
     """G12: two hundred connections at once on a pool of five: each row once, none lost."""
@@ -284,12 +288,14 @@ def test_request_behind_a_failed_one(served, stored):
 
 def test_head_and_304_commit_and_leave_the_connection_usable(served, stored):
     """G1, G18: responses without a body are committed before their head like all others."""
+    requests = [
+        ("GET", "not-modified/2", 304),
+        ("GET", "looked/3", 200),
+    ]
+    if served.server.drops_bodies_of_head:
+        requests.insert(0, ("HEAD", "looked/1", 200))
     with served.connect() as client:
-        for method, path, expected in (
-            ("HEAD", "looked/1", 200),
-            ("GET", "not-modified/2", 304),
-            ("GET", "looked/3", 200),
-        ):
+        for method, path, expected in requests:
             client.send(method, f"/asyncpg/{path}")
             status, headers = client.head()
             assert expected == status

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.fix_served import PATIENCE, Client, Served, Torn
+from tests.fix_served import Served
+from tests.server.clients import PATIENCE, Client, Torn
 from tests.server.servers import ONE_OF_EACH_LOOP, SERVERS
 
 CLIENTS = 8

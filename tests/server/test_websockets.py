@@ -4,6 +4,8 @@ import socket
 
 import websockets.sync.client as websockets_client
 
+from tests.fix_served import ON_HTTP1
+
 
 def connected(served):
     """A websocket to the app."""
@@ -11,6 +13,7 @@ def connected(served):
     return websockets_client.connect(url, open_timeout=30, close_timeout=1, compression=None)
 
 
+@ON_HTTP1
 def test_each_message_is_committed_before_its_answer(served, stored, monkeypatch):
     """G17: the row is there with the answer, and between messages the pool is complete."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -22,6 +25,7 @@ def test_each_message_is_committed_before_its_answer(served, stored, monkeypatch
     served.wait_for("ended")
 
 
+@ON_HTTP1
 def test_client_that_leaves_inside_a_block(served, stored, monkeypatch):
     """G17: a block whose client left is rolled back."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
