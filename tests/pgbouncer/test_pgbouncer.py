@@ -131,6 +131,24 @@ async def test_nothing_stays_prepared_on_the_server(engine, pgbouncer):
     assert [0] * SERVER_CONNECTIONS == left
 
 
+async def test_migration_beside_clients_that_stay_is_no_obstacle(engine, postgres_schema):
+    """With the options a statement that returns something else since a migration is no error."""
+    query = sa.text("SELECT * FROM migrated")
+    with postgres_schema.connect() as connection:
+        connection.execute(sa.text("CREATE TABLE migrated (id INTEGER)"))
+        try:
+            async with engine.connect() as client:
+                for _ in range(8):  # as above
+                    await client.execute(query)
+                    await client.commit()
+                connection.execute(sa.text("ALTER TABLE migrated ADD COLUMN note TEXT"))
+                names = list((await client.execute(query)).keys())
+        finally:
+            connection.execute(sa.text("DROP TABLE migrated"))
+
+    assert ["id", "note"] == names
+
+
 async def test_autocommit_works_where_each_statement_has_another_server(engine, drive, rows):
     """In mode "autocommit" single statements go to whichever server connection is free."""
     db = Database(engine, mode="autocommit")
