@@ -173,7 +173,7 @@ def response_routes(db: Database[Any], channel: Channel) -> APIRouter:
     @routes.post("/timed-upload/{item_id}", status_code=201)
     async def upload(item_id: int, request: Request) -> int:
         if "timed" in request.url.path:
-            db.scope.configure(timeout=0.2)
+            db.scope.configure(timeout=1.0)
         db.session.add(Item(id=item_id))
         await db.session.flush()
         channel.say("written")

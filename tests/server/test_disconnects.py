@@ -3,7 +3,7 @@
 import pytest
 
 from tests.fix_served import ON_HTTP1
-from tests.server.clients import Torn
+from tests.server.clients import PATIENCE, Torn
 
 # --------------------------------------------------------------------------------------
 # Before the head
@@ -89,7 +89,7 @@ def test_head_of_a_stream_goes_out_at_once_or_with_its_first_piece(served, store
         client.send("GET", path)
         served.wait_for("waiting")
         at_once = served.server.sends_head_at_once
-        assert at_once == client.has_bytes(5.0 if at_once else 0.2)
+        assert at_once == client.has_bytes(PATIENCE if at_once else 0.2)
         served.allow("deaf/5")
         status, headers = client.head()
         assert (200, b"middle\nlast\n") == (status, client.body(headers))

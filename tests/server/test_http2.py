@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.server.clients import PATIENCE
 from tests.server.servers import HTTP2
 
 pytestmark = pytest.mark.once
@@ -130,7 +131,7 @@ def test_torn_body_takes_no_other_request_with_it(http2, stored):
         assert b"line\n" == client.chunk()
         assert "IntegrityError" == http2.wait_for("ended", "/asyncpg/torn/1").more["error"]
         is_reset = http2.server.closes_torn_bodies
-        assert is_reset == client.has_ended(5.0 if is_reset else 0.2)
+        assert is_reset == client.has_ended(PATIENCE if is_reset else 0.2)
         assert "last body" not in http2.told("/asyncpg/torn/1")
         assert (201, b'{"id":2}') == client.request("POST", "/asyncpg/items/2")
     assert ([2], 0) == (stored.ids(), http2.checked_out())
