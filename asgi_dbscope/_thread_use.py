@@ -159,6 +159,8 @@ class ThreadUse(SessionUse):
         if self.is_torn and self.ender is None:
             self.is_torn = False
             self.scope.settle_here(Ending.ROLLBACK)
+        if self.scope.expiry is not None and self.ender is None and self.scope.state in OPEN:
+            self.scope.end_expired_here()  # this operation was over before the clock could cut it
         if self.is_abandoned:
             self._throw_away(session)
 

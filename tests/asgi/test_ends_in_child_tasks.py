@@ -1,7 +1,6 @@
 """A child task that nobody awaits ends the transaction, while the response's head waits for it."""
 
 import asyncio
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -16,6 +15,7 @@ from asgi_dbscope import (
     current_scope,
 )
 from tests.fix_asgi import respond
+from tests.fix_clock import LONG
 from tests.fix_database import Child, Item
 
 
@@ -102,7 +102,7 @@ async def test_head_that_waits_for_a_commit_that_is_given_up_claims_no_success(
 
 @pytest.mark.parametrize("mode", ["transaction", "manual"])
 async def test_time_that_is_up_in_a_commit_under_way_claims_no_rollback(
-    db, engine, drive, rows, mode
+    db, engine, drive, rows, clock, mode
 ):
     """G15: while nobody knows what becomes of a child task's COMMIT nobody is told that it was."""
     hold = Hold(engine, "commit")
@@ -120,14 +120,12 @@ async def test_time_that_is_up_in_a_commit_under_way_claims_no_rollback(
         await db.session.flush()
         child = asyncio.create_task(release())
         await hold.reached.wait()
-        watch: Any = current_scope().watch
-        watch.deadline = 0.0
-        watch._look()  # the clock strikes; the COMMIT hasn't heard of it yet
+        clock.forward(LONG, current_scope())  # it strikes; the COMMIT hasn't heard of it yet
         with pytest.raises(CommitInDoubtError):
             await db.session.execute(sa.text("SELECT 1"))
         await asyncio.gather(respond(send), child)
 
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30, mode=mode))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG, mode=mode))
 
     assert [Outcome.IN_DOUBT] == told
     assert [] == exchange.messages
@@ -136,16 +134,14 @@ async def test_time_that_is_up_in_a_commit_under_way_claims_no_rollback(
 
 
 async def test_time_that_is_up_while_the_head_waits_for_a_statement_is_no_cancellation(
-    db, engine, drive, rows
+    db, engine, drive, rows, clock
 ):
     """G3: the head's ending is what the clock finds at work, as the child task has just left."""
     tasks = []
 
     def work(session):
         session.execute(sa.select(1))
-        watch: Any = current_scope().watch
-        watch.deadline = 0.0
-        watch._look()
+        clock.forward(LONG, current_scope())
 
     async def app(scope, receive, send):
         db.session.add(Item(id=1))
@@ -156,7 +152,7 @@ async def test_time_that_is_up_while_the_head_waits_for_a_statement_is_no_cancel
         asyncio.get_running_loop().call_soon(hold.let_go.set)
         await respond(send)
 
-    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=30))
+    exchange = await drive(DBSessionMiddleware(app, database=db, timeout=LONG))
     await settled(tasks)
 
     assert (504, None) == (exchange.status, exchange.error)

@@ -88,6 +88,23 @@ async def test_statement_that_takes_too_long_is_interrupted(engine, drive):
     assert 0 == engine.pool.checkedout()
 
 
+def test_transaction_is_over_though_its_time_was_up_as_a_statement_ended(engine, clock):
+    """Where the clock comes too late to cut a thread's statement, the thread itself rolls back."""
+    db = Database(engine)
+
+    with pytest.raises(TransactionTimeoutError), db.session_scope(timeout=LONG) as session:
+        session.scalar(sa.text("SELECT 1"))
+        sa.event.listen(session, "after_flush", lambda *_: clock.forward(LONG, db.scope))
+        session.add(Item(id=1))
+        session.flush()
+
+        assert State.IDLE is db.scope.state
+        assert 0 == engine.pool.checkedout()
+
+    with engine.connect() as connection:
+        assert [] == connection.scalars(sa.select(Item.id)).all()
+
+
 @pytest.mark.parametrize(
     ("option", "kind"),
     [("timeout", TransactionTimeoutError), ("idle_timeout", TransactionIdleError)],
