@@ -329,11 +329,11 @@ def _wait_until_ready(served: Served) -> None:
             time.sleep(0.01)
 
 
-@pytest.fixture(
-    scope="session",
-    params=[*SERVERS, *(pytest.param(each, marks=pytest.mark.once) for each in HTTP2)],
-    ids=str,
-)
+WITH_HTTP2 = [*SERVERS, *(pytest.param(each, marks=pytest.mark.once) for each in HTTP2)]
+"""Each server, and in HTTP/2 those that speak it."""
+
+
+@pytest.fixture(scope="session", params=WITH_HTTP2, ids=str)
 def shared_server(request: pytest.FixtureRequest, serve: Serve) -> Iterator[Served]:
     """Each server in turn, one process for all tests of it."""
     with serve(request.param) as served:

@@ -14,6 +14,9 @@ from h2.exceptions import StreamClosedError
 
 from tests.server.clients import PATIENCE, Client, Torn
 
+_GOAWAY = 7
+"""The type of the frame by which a server says that it takes no more requests."""
+
 
 @dataclass
 class Stream:
@@ -60,6 +63,7 @@ class Http2Client(Client):
         self._unread: list[Stream] = []
         self._current: Stream
         self._is_acknowledged = False
+        self._is_sent_away = False
         self._http2.initiate_connection()
         self._http2.increment_flow_control_window(1 << 30)
         self._flush()
@@ -163,6 +167,8 @@ class Http2Client(Client):
             self._receive()
 
     def _begin(self, method: str, path: str, body: bytes, length: int) -> None:
+        if self._is_sent_away:
+            raise Torn("the server takes no more requests")
         number = self._http2.get_next_available_stream_id()
         headers = [
             (":method", method),
@@ -199,9 +205,22 @@ class Http2Client(Client):
             data = b""
         if not data:
             raise Torn("the connection was closed")
-        for event in self._http2.receive_data(data):
-            self._handle(event)
+        self._received += data
+        while frame := self._next_frame():
+            if frame[3] == _GOAWAY:  # to `h2` all is over with it, also what is under way
+                self._is_sent_away = True
+                continue
+            for event in self._http2.receive_data(frame):
+                self._handle(event)
         self._flush()
+
+    def _next_frame(self) -> bytes:
+        length = 9 + int.from_bytes(self._received[:3], "big")
+        if len(self._received) < length:
+            return b""
+        frame = bytes(self._received[:length])
+        del self._received[:length]
+        return frame
 
     def _handle(self, event: Any) -> None:
         if isinstance(event, PingAckReceived):

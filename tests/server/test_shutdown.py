@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from tests.fix_served import Served
+from tests.fix_served import WITH_HTTP2, Served
 from tests.server.clients import PATIENCE, Client, Torn
-from tests.server.servers import ONE_OF_EACH_LOOP, SERVERS
+from tests.server.servers import ONE_OF_EACH_LOOP
 
 CLIENTS = 8
 """How many connections write, one row after the other, when the signal comes."""
@@ -61,7 +61,7 @@ def status_of(client: Client) -> int | None:
         return None
 
 
-@pytest.mark.parametrize("server", SERVERS, ids=str)
+@pytest.mark.parametrize("server", WITH_HTTP2, ids=str)
 def test_stop_under_load_loses_nothing(serve, stored, server):
     """G1, G10, G17: every acknowledged row is there; a COMMIT under way is finished; a request in
     its handler is finished and answered, or cancelled and rolled back; an engine of our own is
@@ -81,6 +81,7 @@ def test_stop_under_load_loses_nothing(serve, stored, server):
             load.join()
         served.allow("slow/2")
         answers = [status_of(held), status_of(slow)]
+        served.disconnect()
         assert server.exit_status == served.exit_status()
         told = served.told()
 
