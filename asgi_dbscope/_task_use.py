@@ -16,7 +16,11 @@ from asgi_dbscope._current import is_of_another_task
 from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import IdleNotes, SessionUse
-from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
+from asgi_dbscope.errors import (
+    ConcurrentSessionUseError,
+    EventLoopMismatchError,
+    SessionScopeClosedError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -129,6 +133,9 @@ class TaskUse(SessionUse):
             self.has_several_users = self.has_several_users or self._last != 0
             self._last = id(task)
         self.user = task
+        gate = self.scope.gate
+        if gate is not None and gate.late_streamer is task:
+            self.is_torn = True  # until its cancellation arrives, it is the body's what it does
 
     def _check_block(self) -> None:
         """Refuse what would be part of another task's block, and be rolled back with it."""
@@ -143,20 +150,30 @@ class TaskUse(SessionUse):
 
     def enter_registration(self) -> None:
         self.check_registration()
-        if self.scope.boundaries and self.user is None and _has_task():
+        gate = self.scope.gate
+        if gate is not None and gate.late_streamer is not None:
+            self._check_body(gate.late_streamer)
+        if self.scope.boundaries and self.user is None and _task_here() is not None:
             self._check_block()
         if self._turns is None and self._is_used_by_another():
             msg = self.concurrent_message(_describe(cast("Any", self.user)), "another")
             raise ConcurrentSessionUseError(msg)
+
+    def _check_body(self, late_streamer: asyncio.Task[Any]) -> None:
+        """Refuse what a body adds whose client has left: another's COMMIT would keep it."""
+        if _task_here() is late_streamer:
+            msg = (
+                f"{self.scope!r}: the client of this body has left. What the body wrote was rolled "
+                "back, and nothing more of it is kept."
+            )
+            raise SessionScopeClosedError(msg)
 
     @property
     def is_overtaking(self) -> bool:
         return self._turns is not None and self._is_used_by_another()
 
     def _is_used_by_another(self) -> bool:
-        if self.user is None:
-            return False
-        return not _has_task() or asyncio.current_task() is not self.user
+        return self.user is not None and _task_here() is not self.user
 
     def leave(self, user: object, session: Session) -> None:
         if user is None:
@@ -246,12 +263,12 @@ async def _in_time(operation: Coroutine[Any, Any, T], timeout: float) -> T:  # n
         return await operation
 
 
-def _has_task() -> bool:
-    """Whether this is a task, and no worker thread."""
+def _task_here() -> asyncio.Task[Any] | None:
+    """The task that asks; ``None`` in a worker thread."""
     try:
-        return asyncio.current_task() is not None
+        return asyncio.current_task()
     except RuntimeError:
-        return False
+        return None
 
 
 # --------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import sqlalchemy as sa
 
-from asgi_dbscope import DBSessionMiddleware
+from asgi_dbscope import DBSessionMiddleware, SessionScopeClosedError
 from tests.fix_asgi import body, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
@@ -41,6 +41,63 @@ async def test_body_that_goes_on_while_it_is_rolled_back_is_rolled_back_too(db, 
         db.session.add(Item(id=3))
 
     exchange = await drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT])
+
+    assert exchange.error is None
+    assert [3] == await rows()
+
+
+@pytest.fixture
+def serve(db, drive):
+    """Serve a body that is told to *go_on* by its request's task, which heard of the disconnect."""
+
+    async def serve(go_on):
+        async def app(scope, receive, send):
+            streaming = asyncio.Event()
+            has_left = asyncio.Event()
+
+            async def stream():
+                await send(start(200))
+                db.session.add(Item(id=1))
+                await db.session.flush()
+                await send(body(b"chunk", more=True))
+                streaming.set()
+                await has_left.wait()
+                await go_on()
+                await send(body(b"chunk", more=True))
+
+            streamer = asyncio.create_task(stream())
+            await streaming.wait()
+            assert DISCONNECT == await receive()
+            has_left.set()
+            await streamer
+            db.session.add(Item(id=3))
+
+        return await drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT])
+
+    return serve
+
+
+async def test_body_that_goes_on_after_its_client_has_left_is_rolled_back_too(db, serve, rows):
+    """G7: what it writes until its cancellation arrives is the body's, and no background work."""
+
+    async def go_on():
+        await db.session.execute(sa.insert(Item).values(id=2))
+        await db.session.execute(sa.insert(Item).values(id=4))
+
+    exchange = await serve(go_on)
+
+    assert exchange.error is None
+    assert [3] == await rows()
+
+
+async def test_body_whose_client_has_left_can_add_nothing(db, serve, rows):
+    """G7, G9: what it adds would wait for a COMMIT that isn't the body's; so it is told."""
+
+    async def go_on():
+        with pytest.raises(SessionScopeClosedError, match="client of this body has left"):
+            db.session.add(Item(id=2))
+
+    exchange = await serve(go_on)
 
     assert exchange.error is None
     assert [3] == await rows()
