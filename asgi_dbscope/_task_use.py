@@ -9,6 +9,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from asgi_dbscope._completion import redeliver, run_to_completion
@@ -16,17 +17,11 @@ from asgi_dbscope._current import is_of_another_task
 from asgi_dbscope._hook_runs import run_hooks
 from asgi_dbscope._policy import Ending
 from asgi_dbscope._use import IdleNotes, SessionUse
-from asgi_dbscope.errors import (
-    ConcurrentSessionUseError,
-    EventLoopMismatchError,
-    SessionScopeClosedError,
-)
+from asgi_dbscope.errors import ConcurrentSessionUseError, EventLoopMismatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import CodeType, FrameType
-
-    from sqlalchemy.orm import Session
 
     from asgi_dbscope._scope import SessionScope
 
@@ -134,8 +129,11 @@ class TaskUse(SessionUse):
             self._last = id(task)
         self.user = task
         gate = self.scope.gate
-        if gate is not None and gate.late_streamer is task:
-            self.is_torn = True  # until its cancellation arrives, it is the body's what it does
+        if gate is not None and gate.late_streamer is not None:
+            if gate.late_streamer is task:
+                self.is_torn = True  # until its cancellation arrives, what it does is the body's
+            else:
+                self._part_from_body(gate.late_streamer)
 
     def _check_block(self) -> None:
         """Refuse what would be part of another task's block, and be rolled back with it."""
@@ -152,21 +150,25 @@ class TaskUse(SessionUse):
         self.check_registration()
         gate = self.scope.gate
         if gate is not None and gate.late_streamer is not None:
-            self._check_body(gate.late_streamer)
+            self._part_from_body(gate.late_streamer)
         if self.scope.boundaries and self.user is None and _task_here() is not None:
             self._check_block()
         if self._turns is None and self._is_used_by_another():
             msg = self.concurrent_message(_describe(cast("Any", self.user)), "another")
             raise ConcurrentSessionUseError(msg)
 
-    def _check_body(self, late_streamer: asyncio.Task[Any]) -> None:
-        """Refuse what a body adds whose client has left: another's COMMIT would keep it."""
+    def _part_from_body(self, late_streamer: asyncio.Task[Any]) -> None:
+        """Keep apart what a body adds whose client has left, and what comes after the body.
+
+        Its statements are rolled back at once; what it adds waits in the session, where the next
+        one to come finds it. No transaction is begun in the database by then: this does no I/O.
+        """
         if _task_here() is late_streamer:
-            msg = (
-                f"{self.scope!r}: the client of this body has left. What the body wrote was rolled "
-                "back, and nothing more of it is kept."
-            )
-            raise SessionScopeClosedError(msg)
+            self.has_late_body = True
+        elif self.has_late_body and not self.connections:
+            self.has_late_body = False
+            session, _ = self.scope.in_use()
+            Session.rollback(session)
 
     @property
     def is_overtaking(self) -> bool:
