@@ -106,9 +106,8 @@ def unwatch(connection: Connection, scope: SessionScope[Any]) -> None:
     if scope.expiry is not None:
         connection.__dict__[EXPIRY] = scope.expiry
     known: Watch | None = connection.__dict__.pop(WATCH, None)
-    if known is None:
-        return
-    for other in known.scopes:
+    # Two that give a connection up at once, a thread and the loop, come here both.
+    for other in () if known is None else known.scopes:
         if other is not scope:
             watch(connection, other)
 

@@ -129,11 +129,14 @@ class ResponseGate:
 
         loop: The event loop of the request; ``None`` outside of asyncio.
 
+        task: The request's own task, until its end; ``None`` outside of asyncio.
+
         is_over: Whether the request has ended.
 
         late_scopes: The scopes in it with hooks that wait for the end of the response.
 
-        late_streamer: The task that streamed the body when its client left, and may still do so.
+        late_streamer: The task that streamed the body when its client left, and may still do so,
+            where that isn't the request's own: nobody can tell what follows in that one.
     """
 
     is_request = True
@@ -159,6 +162,7 @@ class ResponseGate:
         "outer",
         "scopes",
         "served",
+        "task",
     )
 
     def __init__(
@@ -187,8 +191,10 @@ class ResponseGate:
         self.late_scopes: Sequence[SessionScope[Any]] = ()
         self.late_streamer: asyncio.Task[Any] | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        try:  # noqa: SIM105 - a context manager costs as much as the rest of this
-            self.loop = get_running_loop()
+        self.task: asyncio.Task[Any] | None = None
+        try:
+            self.loop = loop = get_running_loop()
+            self.task = current_task(loop)
         except RuntimeError:  # an app under Trio does well as long as it uses no session
             pass
 
@@ -329,8 +335,8 @@ class ResponseGate:
                 if self._phase is Phase.BODY:
                     self._phase = Phase.BACKGROUND
                     streamer = self._streamer
-                    if streamer is not None and streamer is not current_task():  # it isn't told
-                        self.late_streamer = streamer
+                    if streamer is not None and streamer not in {self.task, current_task()}:
+                        self.late_streamer = streamer  # it isn't told
                     for scope in self.scopes:
                         await scope.abandon_body()
         return message
@@ -491,7 +497,7 @@ class ResponseGate:
 
     def _decide_last(self, scope: SessionScope[Any], cause: Cause) -> Ending:
         use = scope.use
-        if use is not None and use.has_late_body and self.late_streamer is not current_task():
+        if use is not None and use.has_late_body:
             return Ending.ROLLBACK  # it was done, or nothing came after it
         try:
             return scope.decide(cause)

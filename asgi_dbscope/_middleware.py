@@ -182,6 +182,7 @@ class DBSessionMiddleware:
             raise
         finally:
             gate.is_over = True
+            gate.task = None
             reset_innermost(token)
             if served is self._served:  # the first instance that it came to
                 scope.pop(KEY, None)

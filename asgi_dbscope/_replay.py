@@ -98,6 +98,7 @@ async def serve_once(app: AnyASGIApp, gate: ResponseGate, scope: Scope) -> Any:
         raise
     finally:
         gate.is_over = True
+        gate.task = None
         reset_innermost(token)
 
 

@@ -8,6 +8,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
 
 from asgi_dbscope import Database, DBSessionMiddleware, SessionScopeClosedError, State
+from asgi_dbscope._driver import end_transaction
+from asgi_dbscope._policy import Ending
 from tests.fix_asgi import respond
 from tests.fix_database import Item
 
@@ -40,6 +42,19 @@ async def test_object_that_outlives_the_scope_is_detached(db):
         await session.commit()
 
     assert sa.inspect(loaded).detached
+
+
+async def test_end_of_a_savepoint_that_is_gone_ends_nothing_else(db, rows):
+    """G4: its whole transaction may be ended, and the next one begun, while its end waits."""
+    async with db.session_scope() as session:
+        session.add(Item(id=1))
+        savepoint = (await session.begin_nested()).sync_transaction
+        await session.commit()
+        session.add(Item(id=2))
+        await session.flush()
+        assert None is await db.scope.run(end_transaction, Ending.ROLLBACK, savepoint)
+
+    assert [1, 2] == await rows()
 
 
 async def test_session_that_nothing_is_in_is_over_with_its_scope(db):
