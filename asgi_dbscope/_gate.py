@@ -190,13 +190,13 @@ class ResponseGate:
         self.is_over = False
         self.late_scopes: Sequence[SessionScope[Any]] = ()
         self.late_streamer: asyncio.Task[Any] | None = None
-        self.loop: asyncio.AbstractEventLoop | None = None
-        self.task: asyncio.Task[Any] | None = None
+        self.loop: asyncio.AbstractEventLoop | None
+        self.task: asyncio.Task[Any] | None
         try:
             self.loop = loop = get_running_loop()
             self.task = current_task(loop)
         except RuntimeError:  # an app under Trio does well as long as it uses no session
-            pass
+            self.loop = self.task = None
 
     @property
     def is_in_body(self) -> bool:
