@@ -158,8 +158,8 @@ def _note_commit(_: Session) -> None:
 
 
 def _note_error(exchange: Exchange, context: ExceptionContext) -> None:
+    statement = context.statement or ("COMMIT" if exchange.has_sent_commit else "ROLLBACK")
     exchange.has_sent_commit = False
-    statement = context.statement or "COMMIT"
     exchange.mark(f"error in {statement.split()[0]}")
 
 
