@@ -496,9 +496,6 @@ class ResponseGate:
         return cancellation
 
     def _decide_last(self, scope: SessionScope[Any], cause: Cause) -> Ending:
-        use = scope.use
-        if use is not None and use.has_late_body:
-            return Ending.ROLLBACK  # it was done, or nothing came after it
         try:
             return scope.decide(cause)
         except Exception:

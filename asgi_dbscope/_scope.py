@@ -622,6 +622,8 @@ class SessionScope(Lifecycle, Generic[S]):
         Raises:
             RollbackOnlyError: If a success would be claimed of what can't be committed.
         """
+        if self.use is not None and self.use.has_late_body:
+            return Ending.ROLLBACK  # whoever came after the body would have parted from it
         if self.expiry is not None:
             return self._decide_expired(cause, head)
         if self.is_rollback_only:

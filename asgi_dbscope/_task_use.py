@@ -164,11 +164,17 @@ class TaskUse(SessionUse):
         one to come finds it. No transaction is begun in the database by then: this does no I/O.
         """
         if _task_here() is late_streamer:
+            if self.connections and self._last != id(late_streamer):
+                msg = (
+                    f"{self.scope!r}: the client of this body has left, and what comes after the "
+                    "body has a transaction open, which what the body adds must not be a part of."
+                )
+                raise ConcurrentSessionUseError(msg)
             self.has_late_body = True
         elif self.has_late_body and not self.connections:
             self.has_late_body = False
             session, _ = self.scope.in_use()
-            Session.rollback(session)
+            Session.rollback(session)  # past our own, which enters: this may be on the way in
 
     @property
     def is_overtaking(self) -> bool:

@@ -67,7 +67,8 @@ class SessionUse(ABC):
         is_torn: Whether the transaction is to be rolled back when the session is free: the client
             of a streaming body has left.
 
-        has_late_body: Whether the open transaction began in the body of a client that had left.
+        has_late_body: Whether what is open, in the database or only in the session, is of a body
+            whose client had left.
 
         is_abandoned: Whether the scope gave up waiting for the session to be free; the last one
             out throws the connection away.

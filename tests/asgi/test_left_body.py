@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import sqlalchemy as sa
 
-from asgi_dbscope import DBSessionMiddleware
+from asgi_dbscope import ConcurrentSessionUseError, DBSessionMiddleware
 from tests.fix_asgi import body, start
 from tests.fix_database import POSTGRES_DRIVERS, Item
 
@@ -77,7 +77,7 @@ def serve(db, drive):
     return serve
 
 
-@pytest.mark.parametrize("after", ["nothing", "adds", "executes"])
+@pytest.mark.parametrize("after", ["nothing", "adds", "executes", "releases"])
 @pytest.mark.parametrize("late", ["adds", "executes", "flushes"])
 async def test_body_that_goes_on_after_its_client_has_left_is_rolled_back_too(
     db, serve, rows, late, after
@@ -87,6 +87,8 @@ async def test_body_that_goes_on_after_its_client_has_left_is_rolled_back_too(
     async def work(how, number):
         if how == "executes":
             await db.session.execute(sa.insert(Item).values(id=number))
+        elif how == "releases":
+            await db.release()
         elif how != "nothing":
             db.session.add(Item(id=number))
         if how == "flushes":
@@ -95,7 +97,36 @@ async def test_body_that_goes_on_after_its_client_has_left_is_rolled_back_too(
     exchange = await serve(lambda: work(late, 2), lambda: work(after, 3))
 
     assert exchange.error is None
-    assert ([] if after == "nothing" else [3]) == await rows()
+    assert ([3] if after in {"adds", "executes"} else []) == await rows()
+
+
+async def test_body_can_add_nothing_to_what_comes_after_it(db, drive, rows):
+    """G7, G8, G13: a body that isn't cancelled is told, and what comes after it is kept whole."""
+
+    async def app(scope, receive, send):
+        streaming = asyncio.Event()
+        has_begun = asyncio.Event()
+
+        async def stream():
+            await send(start(200))
+            await db.session.execute(sa.insert(Item).values(id=1))
+            await send(body(b"chunk", more=True))
+            streaming.set()
+            await has_begun.wait()
+            with pytest.raises(ConcurrentSessionUseError, match="client of this body has left"):
+                db.session.add(Item(id=2))
+
+        streamer = asyncio.create_task(stream())
+        await streaming.wait()
+        assert DISCONNECT == await receive()
+        await db.session.execute(sa.insert(Item).values(id=3))
+        has_begun.set()
+        await streamer
+
+    exchange = await drive(DBSessionMiddleware(app, database=db), received=[DISCONNECT])
+
+    assert exchange.error is None
+    assert [3] == await rows()
 
 
 async def test_cancelled_while_a_body_is_rolled_back_it_is_cancelled(db, drive, rows):
