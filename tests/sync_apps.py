@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import anyio.to_thread
+import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
@@ -85,3 +86,13 @@ async def checked_in(engine: sa.Engine) -> bool:
         while engine.pool.checkedout():  # type: ignore[attr-defined]
             await asyncio.sleep(0.01)
     return True
+
+
+def narrow_threads(
+    patch: pytest.MonkeyPatch, db: Database[Session], count: int, *, shared: bool
+) -> None:
+    """Leave the endpoints *count* threads; *shared*: the endings have no others, either."""
+    threads = anyio.to_thread.current_default_thread_limiter()
+    if shared:
+        patch.setattr(db, "limiter", lambda *_: threads)
+    patch.setattr(threads, "total_tokens", count)

@@ -14,6 +14,14 @@ pytestmark = pytest.mark.parametrize("engine", ["sqlite", *POSTGRES_DRIVERS], in
 DISCONNECT = {"type": "http.disconnect"}
 
 
+async def begin_body(db, send):
+    """A head, and a piece of a body that has written the first item."""
+    await send(start(200))
+    db.session.add(Item(id=1))
+    await db.session.flush()
+    await send(body(b"chunk", more=True))
+
+
 async def test_body_that_goes_on_while_it_is_rolled_back_is_rolled_back_too(db, drive, rows):
     """G7: what a body adds before the disconnect is told is the body's, and no background work."""
     rolling_back = asyncio.Event()
@@ -22,10 +30,7 @@ async def test_body_that_goes_on_while_it_is_rolled_back_is_rolled_back_too(db, 
 
     async def app(scope, receive, send):
         async def stream():
-            await send(start(200))
-            db.session.add(Item(id=1))
-            await db.session.flush()
-            await send(body(b"chunk", more=True))
+            await begin_body(db, send)
             streaming.set()
             await rolling_back.wait()
             db.session.add(Item(id=2))
@@ -56,10 +61,7 @@ def serve(db, drive):
             has_left = asyncio.Event()
 
             async def stream():
-                await send(start(200))
-                db.session.add(Item(id=1))
-                await db.session.flush()
-                await send(body(b"chunk", more=True))
+                await begin_body(db, send)
                 streaming.set()
                 await has_left.wait()
                 await go_on()
@@ -108,9 +110,7 @@ async def test_body_can_add_nothing_to_what_comes_after_it(db, drive, rows):
         has_begun = asyncio.Event()
 
         async def stream():
-            await send(start(200))
-            await db.session.execute(sa.insert(Item).values(id=1))
-            await send(body(b"chunk", more=True))
+            await begin_body(db, send)
             streaming.set()
             await has_begun.wait()
             with pytest.raises(ConcurrentSessionUseError, match="client of this body has left"):

@@ -31,7 +31,7 @@ from asgi_dbscope import (
 from tests.fix_asgi import Drive, body, http_scope, start
 from tests.fix_cancel import ENOUGH, KINDS, MOMENTS, Cut, Kind, Moment
 from tests.fix_database import Item
-from tests.sync_apps import Hold, Rows, checked_in, committed, endpoint, held, write
+from tests.sync_apps import Hold, Rows, checked_in, committed, endpoint, held, narrow_threads, write
 
 pytest_plugins = ["tests.fix_sync"]
 
@@ -635,10 +635,7 @@ async def test_endings_wait_for_no_thread_of_the_endpoints(
     engine = make_sync_engine(driver, pool_size=2, max_overflow=0, pool_timeout=timeout)
     db = Database(engine)
     loop = asyncio.get_running_loop()
-    threads = anyio.to_thread.current_default_thread_limiter()
-    if shared:
-        monkeypatch.setattr(db, "limiter", lambda *_: threads)
-    monkeypatch.setattr(threads, "total_tokens", 4)
+    narrow_threads(monkeypatch, db, 4, shared=shared)
     holding, waiting = asyncio.Semaphore(0), asyncio.Semaphore(0)
     go_on = asyncio.Event()
 

@@ -31,7 +31,7 @@ from asgi_dbscope import (
 from tests.fix_asgi import Drive, Exchange, http_scope
 from tests.fix_database import Child, Item, Timeline
 from tests.fix_frameworks import Install, innermost
-from tests.sync_apps import Rows, committed
+from tests.sync_apps import Rows, committed, narrow_threads
 
 pytest_plugins = ["tests.fix_sync"]
 
@@ -492,10 +492,7 @@ async def test_endings_of_def_endpoints_wait_for_no_thread_of_theirs(
     engine = make_sync_engine("psycopg", pool_size=2, max_overflow=0, pool_timeout=timeout)
     db = Database(engine)
     loop = asyncio.get_running_loop()
-    threads = anyio.to_thread.current_default_thread_limiter()
-    if shared:
-        monkeypatch.setattr(db, "limiter", lambda *_: threads)
-    monkeypatch.setattr(threads, "total_tokens", 4)
+    narrow_threads(monkeypatch, db, 4, shared=shared)
     holding, waiting = asyncio.Semaphore(0), asyncio.Semaphore(0)
     go_on = asyncio.Event()
     app = FastAPI()

@@ -106,13 +106,18 @@ class Client:
         return data
 
     def _receive(self) -> None:
-        try:
-            data = self._socket.recv(1 << 20)
-        except ConnectionError:
-            data = b""
+        data = receive(self._socket)
         if not data:
             raise Torn(self._received.decode("latin-1"))
         self._received += data
+
+
+def receive(connection: socket.socket) -> bytes:
+    """What comes next; nothing where the connection has ended, in whatever way."""
+    try:
+        return connection.recv(1 << 20)
+    except ConnectionError:
+        return b""
 
 
 def _request(method: str, path: str, length: int) -> bytes:

@@ -12,7 +12,7 @@ from h2.errors import ErrorCodes
 from h2.events import DataReceived, PingAckReceived, ResponseReceived, StreamEnded, StreamReset
 from h2.exceptions import StreamClosedError
 
-from tests.server.clients import PATIENCE, Client, Torn
+from tests.server.clients import PATIENCE, Client, Torn, receive
 
 _GOAWAY = 7
 """The type of the frame by which a server says that it takes no more requests."""
@@ -199,10 +199,7 @@ class Http2Client(Client):
         self._receive()
 
     def _receive(self) -> None:
-        try:
-            data = self._socket.recv(1 << 20)
-        except ConnectionError:
-            data = b""
+        data = receive(self._socket)
         if not data:
             raise Torn("the connection was closed")
         self._received += data
